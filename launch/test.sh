@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set-up (virtual environment and everything in it), then the gate: style, types, imports, shell scripts, all tests.
+# Nothing is installed outside this repository; a second run is quick. Arguments go to pytest; its summary comes last.
+#
+#   bash launch/test.sh
+#   bash launch/test.sh -m slow          the long forms
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+set_up
+exec bash "$VLMDIST_HOME/launch/check.sh" "$@"

@@ -1,0 +1,236 @@
+"""The ``vlmdist`` command. Heavy imports happen inside the commands: ``--help`` answers at once.
+
+Exit codes: 0 done; 1 failed; 2 wrong use or wrong input; 85 stopped on request with a checkpoint, run me again.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmdist import __version__
+from vlmdist.errors import RunFailed, StopRequested, UserError
+
+_LATER = {
+    "check": "preflight a run file on a login node: memory, template, shards, wheel against GPU, Slurm request",
+    "compare": "compare two evaluations pairwise, with confidence intervals",
+    "bench": "measure tokens/s, samples/s, MFU, data wait and scaling over ranks",
+    "predict": "answer one text or image at the prompt",
+    "export": "write an ordinary transformers folder that loads without vlmdist",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return arguments.run(arguments, overrides) or 0
+    except UserError as e:
+        _say([f"error: {p}" for p in e.problems])
+        return e.exit_code
+    except RunFailed as e:
+        _say([f"failed: {e}"], every_rank=True)
+        return e.exit_code
+    except StopRequested as e:
+        _say([str(e)])
+        return e.exit_code
+    except BrokenPipeError:  # `vlmdist inspect ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _say(lines: list[str], *, every_rank: bool = False) -> None:
+    """Once, not once a rank: all ranks find the same mistakes in the input."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print("\n".join(lines), file=sys.stderr)
+    elif every_rank:
+        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # overrides may stand anywhere, also between options, which argparse's own positionals can't
+    overrides = [r for r in rest if "=" in r and not r.startswith("-")]
+    unknown = [r for r in rest if r not in overrides]
+    if unknown:
+        parser.error(f"unknown argument {' '.join(unknown)}; see vlmdist {arguments.command} --help")
+    if overrides and not getattr(arguments, "takes_overrides", False):
+        parser.error(f"{arguments.command} takes no overrides, found {' '.join(overrides)}")
+    return arguments, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmdist", description="Fine-tune language and vision-language models on many GPUs, from WebDataset shards."
+    )
+    parser.add_argument("--version", action="version", version=f"vlmdist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int | None], text: str, *, overrides: bool = False) -> argparse.ArgumentParser:
+        epilog = "section.field=value arguments override the run file." if overrides else None
+        sub = commands.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".", epilog=epilog)
+        sub.set_defaults(run=run, takes_overrides=overrides)
+        return sub
+
+    def as_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+
+    sub = command("index", _index, "make or refresh the index of a folder of WebDataset tars, whoever wrote them")
+    sub.add_argument("shards", type=Path, help="folder of .tar files")
+    as_json(sub)
+
+    sub = command("inspect", _inspect, "counts, sizes and bad samples of a corpus; one sample as the model sees it", overrides=True)
+    sub.add_argument("shards", type=Path, help="folder of .tar files with their index")
+    sub.add_argument("--run", dest="run_file", metavar="RUN.yaml", help="show tokens as this run's model sees them")
+    sub.add_argument("--key", help="show this sample")
+    as_json(sub)
+
+    sub = command("train", _train, "train; resumes by itself from the newest whole checkpoint", overrides=True)
+    sub.add_argument("run_file", metavar="RUN.yaml")
+
+    sub = command("evaluate", _evaluate, "generate answers and score them, on any number of ranks", overrides=True)
+    sub.add_argument("run_file", metavar="RUN.yaml")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)")
+    which.add_argument("--base", action="store_true", help="the model before training")
+    sub.add_argument("--few-shot", type=int, default=0, metavar="N", help="worked examples in the prompt")
+    sub.add_argument("--split", choices=("test", "validation"), default="test", help="corpus of the run file to score")
+    sub.add_argument("--name", help="folder under eval/ (default: base, or the checkpoint's name)")
+    as_json(sub)
+
+    sub = command("score", _score, "score a file of {id, truth, prediction} rows; no model, no torch")
+    sub.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl")
+    sub.add_argument("--metric", default="fuzzy", help="name of a metric (default: fuzzy)")
+    as_json(sub)
+
+    sub = command("audit", _audit, "prove from the run's own log that every sample was taken exactly once")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    as_json(sub)
+
+    sub = command("report", _report, "one self-contained HTML page of one or several runs")
+    sub.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first run folder")
+
+    command("config-schema", _config_schema, "the JSON schema of run files, for editors")
+    for name, text in _LATER.items():
+        later = command(name, _not_yet, text, overrides=True)
+        later.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _index(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.data.index import build_index
+    from vlmdist.data.inspect import format_inspection, inspect_corpus
+
+    corpus = build_index(arguments.shards, progress=not arguments.json)
+    facts = inspect_corpus(corpus)
+    print(json.dumps(facts) if arguments.json else format_inspection(facts))
+
+
+def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.data.index import Corpus
+    from vlmdist.data.inspect import format_inspection, inspect_corpus
+
+    corpus = Corpus.open(arguments.shards)
+    facts = inspect_corpus(corpus, key=arguments.key)
+    if arguments.run_file is None:
+        print(json.dumps(facts) if arguments.json else format_inspection(facts))
+        return
+    from vlmdist.config import load_run
+    from vlmdist.data.prompt import Prompter
+    from vlmdist.data.show import as_seen, format_as_seen
+    from vlmdist.data.templates import find_template
+    from vlmdist.model.load import load_processor
+
+    config = load_run(arguments.run_file, overrides)
+    template = find_template(config.prompt.template)
+    prompter = Prompter(load_processor(config.model), template, config.prompt.train_on, config.data.max_length)
+    facts["as_seen"] = as_seen(corpus, prompter, arguments.key)
+    print(json.dumps(facts) if arguments.json else format_inspection(facts) + "\n\n" + format_as_seen(facts["as_seen"]))
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.config import load_run
+    from vlmdist.distributed import adopt_slurm_environment
+
+    adopt_slurm_environment()
+    config = load_run(arguments.run_file, overrides)
+    _quiet_libraries()
+    from vlmdist.train.loop import train
+
+    train(config)
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.config import load_run
+    from vlmdist.distributed import adopt_slurm_environment
+
+    adopt_slurm_environment()
+    config = load_run(arguments.run_file, overrides)
+    _quiet_libraries()
+    from vlmdist.evaluate.run import evaluate_run
+    from vlmdist.evaluate.scores import format_scores
+
+    scores = evaluate_run(
+        config,
+        checkpoint=arguments.checkpoint,
+        base=arguments.base,
+        name=arguments.name,
+        few_shot=arguments.few_shot,
+        split=arguments.split,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(scores) if arguments.json else format_scores(scores))
+
+
+def _score(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.evaluate.scores import format_scores, score_file
+
+    scores = score_file(arguments.predictions, arguments.metric)
+    print(json.dumps(scores) if arguments.json else format_scores(scores))
+
+
+def _audit(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmdist.audit import audit_run, format_audit
+
+    facts = audit_run(arguments.run_dir)
+    print(json.dumps(facts) if arguments.json else format_audit(facts))
+    return 0 if facts["clean"] else 1
+
+
+def _report(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.report.page import write_report
+
+    print(write_report(arguments.run_dirs, arguments.out))
+
+
+def _config_schema(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def _not_yet(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    name: Any = arguments.command
+    print(f"error: vlmdist {name} is not there yet. It will {_LATER[name]}.", file=sys.stderr)
+    return 2
+
+
+def _quiet_libraries() -> None:
+    """One process says things once: the libraries' own chatter of every rank would bury the run's lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""From encoded samples to the tensors of one micro-batch. B rows, T tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlmdist.data.prompt import Encoded
+
+NOT_IN_LOSS = -100  # transformers' convention
+
+
+@dataclass
+class MicroBatch:
+    inputs: dict[str, torch.Tensor]
+    """What the model's forward takes: input_ids and attention_mask [B, T], pixel_values, ..."""
+    labels: torch.Tensor  # [B, T]; labels[b, t] is input_ids[b, t] where that token is in the loss, else NOT_IN_LOSS
+    sample_numbers: list[tuple[int, int]] = field(default_factory=list)
+    """(corpus, sample) of each real row; rows without a number are placeholders."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """Samples of this micro-batch that were left out: corpus, sample, shard, key, why."""
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int((self.labels[:, 1:] != NOT_IN_LOSS).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the real rows, padding not counted."""
+        return int(self.inputs["attention_mask"][: len(self.sample_numbers)].sum())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
+        return MicroBatch(moved, self.labels.to(device, non_blocking=True), self.sample_numbers, self.bad)
+
+
+def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Training layout: inputs and labels, padded at the end to the longest row."""
+    length = max(len(r.input_ids) for r in rows)
+    inputs = {
+        "input_ids": _stack([r.input_ids for r in rows], length, pad_token_id, left=False),
+        "attention_mask": _stack([[1] * len(r.input_ids) for r in rows], length, 0, left=False),
+        **_per_token(rows, length, left=False),
+        **_features(rows),
+    }
+    labels = [
+        [t if inside else NOT_IN_LOSS for t, inside in zip(r.input_ids, r.in_loss, strict=True)] for r in rows
+    ]
+    return inputs, _stack(labels, length, NOT_IN_LOSS, left=False)
+
+
+def pad_left(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Generation layout: inputs padded at the start, so that every answer begins at the same column."""
+    length = max(len(r.input_ids) for r in rows)
+    return {
+        "input_ids": _stack([r.input_ids for r in rows], length, pad_token_id, left=True),
+        "attention_mask": _stack([[1] * len(r.input_ids) for r in rows], length, 0, left=True),
+        **_per_token(rows, length, left=True),
+        **_features(rows),
+    }
+
+
+def _stack(rows: list[list[int]], length: int, fill: int, *, left: bool) -> torch.Tensor:
+    out = torch.full((len(rows), length), fill, dtype=torch.long)  # [B, T]
+    for b, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        out[b, place] = torch.tensor(row, dtype=torch.long)
+    return out
+
+
+def _per_token(rows: Sequence[Encoded], length: int, *, left: bool) -> dict[str, torch.Tensor]:
+    names = sorted({name for r in rows for name in r.per_token})
+    return {n: _stack([r.per_token.get(n, [0] * len(r.input_ids)) for r in rows], length, 0, left=left) for n in names}
+
+
+def _features(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Image inputs of all rows, one after the other; rows without images add nothing."""
+    names = sorted({name for r in rows for name in r.features})
+    return {n: torch.cat([r.features[n] for r in rows if n in r.features]) for n in names}

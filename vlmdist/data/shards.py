@@ -1,0 +1,228 @@
+"""Write a corpus: WebDataset tars, through the webdataset package, and their index without a second pass."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from vlmdist.data.decode import read_image_size
+from vlmdist.data.index import list_shards, shard_facts
+from vlmdist.data.index_file import INDEX_NAME, sync_folder, write_index
+from vlmdist.data.index_rows import IndexRows, MemberBytes
+from vlmdist.data.tar import BLOCK_BYTES
+from vlmdist.errors import BadSample, RunFailed, UserError
+from vlmdist.sample import parse_json, parse_record
+
+_KEY = re.compile(r"[\w-]+")
+_MAX_KEY_BYTES = 80  # ustar names have at most 100 bytes, ".000.jpeg" included
+_MAGIC_BYTES = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+    (b"P5", "ppm"),
+    (b"P6", "ppm"),
+)
+
+
+def image_extension(data: bytes) -> str:
+    """Extension by the first bytes of an encoded image; BadSample where they are unknown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    for magic, extension in _MAGIC_BYTES:
+        if data.startswith(magic):
+            return extension
+    raise BadSample(
+        "the image is empty (0 bytes)" if not data else "not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image"
+    )
+
+
+class ShardWriter:
+    """Write samples into ``NAME-000000.tar``, ... of a folder, byte for byte the same from the same samples.
+
+        with ShardWriter(folder) as writer:
+            writer.write("0001", [{"role": "user", "content": ...}, ...], images=[jpeg])
+
+    Nothing shows in the folder before a clean end: tars are written as ``.tmp`` and renamed together, the index
+    comes last. Left by an exception (or ``abort``) it takes away what it wrote.
+
+    max_bytes_per_shard: a shard is begun anew before a sample would make it larger (a single larger sample gets a
+    shard of its own). overwrite: replace NAME's shards of an earlier write, refused otherwise.
+    Raises UserError for a folder that can't take shards, RunFailed when writing fails (disk full).
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_samples_per_shard: int = 1000,
+        max_bytes_per_shard: int = 500_000_000,
+        name: str = "shard",
+        overwrite: bool = False,
+    ):
+        if max_samples_per_shard < 1 or max_bytes_per_shard < 1 or not _KEY.fullmatch(name):
+            raise UserError("shards need at least 1 sample and 1 byte each, and a name of letters, digits, _ and -")
+        self.folder = Path(folder)
+        self.num_samples = 0
+        self.num_bytes = 0
+        """Bytes of the members written so far, without tar headers."""
+        self._name = name
+        self._limits = (max_samples_per_shard, max_bytes_per_shard)
+        self._rows = IndexRows()
+        self._keys: set[str] = set()
+        self._staged: list[Path] = []
+        self._file: BinaryIO | None = None
+        self._tar: Any = None
+        self._num_in_shard = 0
+        self._replaced = _prepare_folder(self.folder, name, overwrite)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def write(
+        self,
+        key: str,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[bytes] = (),
+        answer: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """Append one sample; BadSample, and nothing written, where ``Corpus.read`` would refuse it."""
+        members = self._members_of(key, messages, images, answer, meta)
+        num_bytes = sum(BLOCK_BYTES + -(-len(d) // BLOCK_BYTES) * BLOCK_BYTES for d in members.values())
+        try:
+            self._begin_shard_if_full(num_bytes)
+            start = self._tar.tarstream.offset
+            self._tar.write({"__key__": key, **members})
+        except OSError as e:
+            self.abort()
+            raise RunFailed(f"{self.folder}: a shard can't be written: {e.strerror or e}") from None
+        rows = []
+        for extension in sorted(members):  # the order in which TarWriter writes
+            start += BLOCK_BYTES
+            rows.append(MemberBytes(extension, start, members[extension]))
+            start += -(-len(members[extension]) // BLOCK_BYTES) * BLOCK_BYTES
+        self._rows.add(key, rows)
+        self._keys.add(key)
+        self._num_in_shard += 1
+        self.num_samples += 1
+        self.num_bytes += sum(map(len, members.values()))
+
+    def close(self) -> None:
+        """Finish: rename the shards, write the index. UserError where no sample was written."""
+        try:
+            self._end_shard()
+            if not self.num_samples:
+                raise UserError(f"{self.folder}: no sample was written, so there is no corpus")
+            (self.folder / INDEX_NAME).unlink(missing_ok=True)
+            for old in self._replaced:
+                old.unlink()
+            self._staged, staged = [], self._staged
+            shards = [p.rename(p.with_suffix("")) for p in staged]
+            sync_folder(self.folder)
+        except OSError as e:
+            self.abort()
+            raise RunFailed(f"{self.folder}: the shards can't be finished: {e.strerror or e}") from None
+        write_index(self.folder, self._rows.tables([shard_facts(p) for p in shards]))
+
+    def abort(self) -> None:
+        """Take away everything written so far."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = self._tar = None
+        for staged in self._staged:
+            staged.unlink(missing_ok=True)
+        self._staged = []
+
+    def _members_of(
+        self,
+        key: str,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[bytes],
+        answer: str | None,
+        meta: dict[str, Any] | None,
+    ) -> dict[str, bytes]:
+        """The members of a sample by extension, after everything about them was checked."""
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or len(key.encode()) > _MAX_KEY_BYTES:
+            raise BadSample(
+                f"key {str(key)[:100]!r}: a key has letters, digits, _ and - only, at most {_MAX_KEY_BYTES} bytes"
+            )
+        if key in self._keys:
+            raise BadSample(f"key {key!r} was written before")
+        record: dict[str, Any] = {"messages": list(messages)}
+        if answer is not None:
+            record["answer"] = answer
+        if meta:
+            record["meta"] = meta
+        data = _dump(record)
+        parse_record(parse_json(data), len(images))
+        members = {"json": data}
+        for number, image in enumerate(images):
+            extension = image_extension(image)
+            read_image_size(image)
+            members[extension if len(images) == 1 else f"{number}.{extension}"] = bytes(image)
+        return members
+
+    def _begin_shard_if_full(self, num_bytes: int) -> None:
+        max_samples, max_bytes = self._limits
+        if self._tar is not None:
+            if self._num_in_shard < max_samples and self._tar.tarstream.offset + num_bytes <= max_bytes:
+                return
+            self._end_shard()
+        from webdataset.writer import TarWriter  # imports torch, hence not at the top
+
+        shard = self.folder / f"{self._name}-{len(self._staged):06d}.tar.tmp"
+        self._file = open(shard, "wb")  # noqa: SIM115 - closed by _end_shard or abort
+        self._staged.append(shard)
+        self._num_in_shard = 0
+        self._rows.begin_shard(shard.stem)
+        self._tar = TarWriter(self._file, encoder=False, mtime=0, user="vlmdist", group="vlmdist", mode=0o644)
+
+    def _end_shard(self) -> None:
+        if self._tar is None or self._file is None:
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = self._tar = None
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    """KEY.json as it is written. BadSample where it holds what JSON can't."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BadSample(f"the record is no JSON: {' '.join(str(e).split())[:200]}") from None
+
+
+def _prepare_folder(folder: Path, name: str, overwrite: bool) -> list[Path]:
+    """Make the folder; returns the shards of an earlier write that a clean end will replace."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(f"{name}-*.tar.tmp"):  # of a write that was killed
+            left_over.unlink()
+    except OSError as e:
+        raise UserError(f"{folder}: shards can't be written here: {e.strerror or e}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: no permission to write shards here")
+    old = list_shards(folder) if any(folder.glob("*.tar")) else []
+    if old and not overwrite:
+        raise UserError(f"{folder}: already has shards ({old[0].name}, ...); give another folder, or ask to overwrite")
+    foreign = [p.name for p in old if not re.fullmatch(rf"{name}-\d{{6}}\.tar", p.name)]
+    if foreign:
+        raise UserError(f"{folder}: has tars that are not of this writer and stay ({foreign[0]}); give another folder")
+    return old

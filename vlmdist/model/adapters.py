@@ -1,0 +1,104 @@
+"""Freezing and LoRA: what trains, by the ``adapt`` table of the run file.
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmdist.config import AdaptConfig
+from vlmdist.errors import UserError
+from vlmdist.model.families import PARTS, Family
+
+
+def adapt(model: nn.Module, config: AdaptConfig, family: Family) -> nn.Module:
+    """Freeze every part, add LoRA where asked, free what trains in full. Returns the model to train."""
+    _refuse_parts_that_are_not_there(model, config, family)
+    # peft freezes everything, renames nothing below its own prefix: names of parameters keep their part
+    lora_layers = _layers_for_lora(model, config, family)
+    full = [n for n, _ in model.named_parameters() if _is_full(n, config, family)]
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    if lora_layers:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model,  # type: ignore[arg-type]
+            LoraConfig(
+                r=config.lora.r,
+                lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora.dropout,
+                bias=config.lora.bias,
+                target_modules=lora_layers,
+            ),
+            # DeepSpeed keeps the fp32 master copy; adapters in the step's dtype avoid float/half clashes (peft#874)
+            autocast_adapter_dtype=False,
+        )
+    for name in full:
+        parameters[name].requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("adapt: everything is frozen; set a part to lora or full")
+    return model
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def trains_vision(config: AdaptConfig, family: Family) -> bool:
+    """Whether a gradient must reach the vision tower or the projector."""
+    return family.sees and (config.vision_tower != "frozen" or config.projector != "frozen")
+
+
+def load_trainable(model: nn.Module, file: Path) -> None:
+    """Put the trained weights of a checkpoint into an adapted model; UserError where the names differ."""
+    from safetensors.torch import load_file
+
+    weights = load_file(file)
+    expected = set(trainable_names(model))
+    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    if missing or unknown:
+        raise UserError(
+            f"{file}: does not fit the adapt section of the run file: "
+            f"{len(missing)} weights are missing (first: {missing[:3]}), {len(unknown)} are unknown (first: {unknown[:3]})"
+        )
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def _is_full(name: str, config: AdaptConfig, family: Family) -> bool:
+    part = family.part_of(name)
+    return part is not None and getattr(config, part) == "full"
+
+
+def _layers_for_lora(model: nn.Module, config: AdaptConfig, family: Family) -> list[str]:
+    """Full names of the linear layers that get an adapter."""
+    wanted = config.lora.target_modules
+    names = []
+    for name, module in model.named_modules():
+        part = family.part_of(name)
+        if part is None or getattr(config, part) != "lora" or not isinstance(module, nn.Linear):
+            continue
+        if wanted == "all-linear" or name.split(".")[-1] in wanted or name in wanted:
+            names.append(name)
+    asked = [part for part in PARTS if getattr(config, part) == "lora"]
+    if asked and not names:
+        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"adapt.lora.target_modules: none of {wanted} is a linear layer of {asked}; there are: {linear}")
+    return names
+
+
+def _refuse_parts_that_are_not_there(model: nn.Module, config: AdaptConfig, family: Family) -> None:
+    found = {family.part_of(n) for n, _ in model.named_modules()}
+    problems = [
+        f"adapt.{part}: {getattr(config, part)}, but this model has no such part; use frozen"
+        for part in PARTS
+        if getattr(config, part) != "frozen" and part not in found
+    ]
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,48 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and lines for the person who watches (rank 0)."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from vlmdist.run_folder import RunFolder, append_jsonl, mend_jsonl
+
+log = logging.getLogger("vlmdist")
+
+
+def start_logging(run: RunFolder, is_main: bool) -> None:
+    """Rank 0 talks to the terminal and to train.log; other ranks keep to warnings of their own libraries."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    if is_main:
+        handlers: list[logging.Handler] = [
+            logging.StreamHandler(sys.stderr),
+            logging.FileHandler(run.log_file, encoding="utf-8"),
+        ]
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+            log.addHandler(handler)
+    else:
+        log.addHandler(logging.NullHandler())
+
+
+class MetricsWriter:
+    """Rows of metrics.jsonl and the same figures as TensorBoard scalars (rank 0)."""
+
+    def __init__(self, run: RunFolder):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = run.metrics_file
+        mend_jsonl(self._file)
+        self._tensorboard = SummaryWriter(str(run.tensorboard_dir))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **figures})
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                place = "validation" if name.startswith("validation") else "train"
+                self._tensorboard.add_scalar(f"{place}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._tensorboard.close()  # type: ignore[no-untyped-call]
