@@ -12,19 +12,21 @@ export VLMDIST_HOME
 vlmdist_venv="${VLMDIST_VENV:-$VLMDIST_HOME/.venv}"
 [[ $vlmdist_venv == /* ]] || vlmdist_venv="$PWD/$vlmdist_venv"
 
-# A conda or other environment that is active, and packages in the user's home, must not shine through.
-unset PYTHONHOME PYTHONPATH __PYVENV_LAUNCHER__
-export PYTHONNOUSERSITE=1
-
 die() { # one sentence for the user, exit code 2: wrong use or wrong input
     printf 'error: %s\n' "$*" >&2
     exit 2
+}
+
+isolate_venv() { # a conda or other environment that is active, and packages in the user's home, must not shine through
+    unset PYTHONHOME PYTHONPATH __PYVENV_LAUNCHER__
+    export PYTHONNOUSERSITE=1
 }
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
 set_up() { # makes or mends the virtual environment; a second call is instant
     local stamp="$vlmdist_venv/.vlmdist-set-up" wanted
+    isolate_venv
     wanted="$(sha256sum "$VLMDIST_HOME/setup.py" "$VLMDIST_HOME/launch/constraints.txt")"
     if [[ -f $stamp && "$(cat "$stamp")" == "$wanted" && -x $vlmdist_venv/bin/python ]]; then
         return
@@ -116,6 +118,7 @@ pip_install() { # LOG ARGUMENTS...
 
 choose_python() { # sets PYTHON: the virtual environment's, else the active one
     local candidate
+    [[ ! -x $vlmdist_venv/bin/python ]] || isolate_venv
     for candidate in "$vlmdist_venv/bin/python" python python3; do
         PYTHON="$(command -v "$candidate")" || continue
         "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vlmdist") is None)' 2>/dev/null && return

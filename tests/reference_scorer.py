@@ -1,7 +1,7 @@
 """A second scorer, written from the recipes alone: no rapidfuzz, no difflib, nothing of vlmdist.
 
-ratio(a, b) = 100 * (1 - indel(a, b) / (len(a) + len(b))), where indel counts the insertions and deletions that turn a into
-b; with L the length of the longest common subsequence that is 200 * L / (len(a) + len(b)); 100 for two empty texts.
+ratio(a, b) = 100 * (1 - indel(a, b) / (len(a) + len(b))), where indel counts the insertions and deletions that turn a
+into b; with L the length of the longest common subsequence that is 200 * L / (len(a) + len(b)). Two empty texts: 100.
 """
 
 import json

@@ -5,8 +5,10 @@ Exit codes: 0 done; 1 failed; 2 wrong use or wrong input; 85 stopped on request 
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,12 +70,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vlmdist", description="Fine-tune language and vision-language models on many GPUs, from WebDataset shards."
+        prog="vlmdist",
+        description="Fine-tune language and vision-language models on many GPUs, from WebDataset shards.",
     )
     parser.add_argument("--version", action="version", version=f"vlmdist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., int | None], text: str, *, overrides: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[..., int | None], text: str, *, overrides: bool = False
+    ) -> argparse.ArgumentParser:
         epilog = "section.field=value arguments override the run file." if overrides else None
         sub = commands.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".", epilog=epilog)
         sub.set_defaults(run=run, takes_overrides=overrides)
@@ -86,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("shards", type=Path, help="folder of .tar files")
     as_json(sub)
 
-    sub = command("inspect", _inspect, "counts, sizes and bad samples of a corpus; one sample as the model sees it", overrides=True)
+    sub = command(
+        "inspect",
+        _inspect,
+        "counts, sizes and bad samples of a corpus; one sample as the model sees it",
+        overrides=True,
+    )
     sub.add_argument("shards", type=Path, help="folder of .tar files with their index")
     sub.add_argument("--run", dest="run_file", metavar="RUN.yaml", help="show tokens as this run's model sees them")
     sub.add_argument("--key", help="show this sample")
@@ -98,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "generate answers and score them, on any number of ranks", overrides=True)
     sub.add_argument("run_file", metavar="RUN.yaml")
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)")
+    which.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)"
+    )
     which.add_argument("--base", action="store_true", help="the model before training")
     sub.add_argument("--few-shot", type=int, default=0, metavar="N", help="worked examples in the prompt")
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="corpus of the run file to score")
@@ -229,7 +241,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # deprecations inside the libraries (transformers' checkpointing calls in peft, torch's gathers in deepspeed)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if "DS_ACCELERATOR" not in os.environ:
+        import torch
+
+        os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

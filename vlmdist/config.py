@@ -57,6 +57,7 @@ class AdaptConfig(_Section):
     """What trains: each part of the model is frozen, gets LoRA adapters, or trains in full."""
 
     vision_tower: Part = "frozen"
+    """What turns pixels into features."""
     projector: Part = "frozen"
     """What maps vision features into the language model's width."""
     language_model: Part = "lora"
@@ -81,7 +82,7 @@ class DataConfig(_Section):
     test: str | None = None
     """Folder of shards that ``vlmdist evaluate`` scores."""
     shuffle_block_size: int = Field(1, ge=1)
-    """Samples that stay together when the order is shuffled; 1 shuffles single samples, thousands suit network disks."""
+    """Samples that stay together in the shuffle; 1 shuffles single samples, thousands suit network disks."""
     num_workers: int = Field(1, ge=0)
     """Loader processes per rank that read, decode and tokenize ahead of the step."""
     max_length: int = Field(1024, ge=8)
@@ -103,9 +104,9 @@ class DataConfig(_Section):
 
 class PromptConfig(_Section):
     template: str | None = None
-    """Chat template: a name vlmdist knows (see vlmdist/data/templates.py), a Jinja file, or null for the model's own."""
+    """Chat template: a name of vlmdist/data/templates.py, a Jinja file, or null for the model's own."""
     train_on: Literal["assistant", "everything"] = "assistant"
-    """Tokens in the loss: what the assistant says (proven for the template), or the whole sequence as some articles do."""
+    """Tokens in the loss: what the assistant says (proven for the template), or all, as some articles do."""
 
 
 class TrainConfig(_Section):
@@ -128,7 +129,7 @@ class TrainConfig(_Section):
     warmup_steps: int | None = Field(None, ge=0)
     """Steps in which the learning rate rises; overrides warmup_ratio."""
     optim: Literal["adamw", "paged_adamw_32bit", "adamw_8bit"] = "adamw"
-    """paged_adamw_32bit and adamw_8bit are bitsandbytes' and need a GPU. With offload, adamw is DeepSpeed's CPU Adam."""
+    """The last two are bitsandbytes' and need a GPU. With offload, adamw is DeepSpeed's CPU Adam."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)

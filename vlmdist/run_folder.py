@@ -1,15 +1,15 @@
 """What a run leaves behind, and where: the one place that knows the names inside a run folder.
 
-    run.yaml              the effective run file
-    environment.json      versions, devices, world size of every start
-    train.log             what the run said
-    metrics.jsonl         loss, learning rate, throughput; one row every logging_steps steps
-    steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` reads)
-    bad_samples.jsonl     samples left out: shard, key, why
-    tensorboard/
-    checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
-    eval/NAME/            predictions.jsonl, scores.json
-    report.html
+run.yaml              the effective run file
+environment.json      versions, devices, world size of every start
+train.log             what the run said
+metrics.jsonl         loss, learning rate, throughput; one row every logging_steps steps
+steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` reads)
+bad_samples.jsonl     samples left out: shard, key, why
+tensorboard/
+checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
+eval/NAME/            predictions.jsonl, scores.json
+report.html
 """
 
 import contextlib
@@ -53,6 +53,10 @@ class RunFolder:
     @property
     def log_file(self) -> Path:
         return self.path / "train.log"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
 
     @property
     def metrics_file(self) -> Path:
@@ -101,7 +105,7 @@ class RunFolder:
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies (None where there is none), and why newer ones were passed over."""
-        skipped = []
+        skipped: list[str] = []
         for folder in self.checkpoints():
             problem = verify_manifest(folder)
             if problem is None:

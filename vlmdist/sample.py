@@ -131,7 +131,9 @@ def _parse_part(part: Any, position: int, num_images: int) -> TextPart | ImagePa
         try:
             part["text"].encode("utf-8")
         except UnicodeEncodeError:
-            raise BadSample(f"the text of message {position} has half a surrogate pair, which is no Unicode text") from None
+            raise BadSample(
+                f"the text of message {position} has half a surrogate pair: no Unicode text"
+            ) from None
         return TextPart(part["text"])
     if kind == "image":
         index = part.get("index", 0)

@@ -3,10 +3,10 @@ import random
 from fractions import Fraction
 
 import pytest
+import reference_scorer as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_scorer as reference
 from vlmdist.evaluate.metrics import METRICS, UnreadableTruth, count_json, exact, fuzzy, fuzzy_fields, fuzzy_text
 
 CHECK_TRUTH = {

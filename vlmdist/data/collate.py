@@ -44,9 +44,7 @@ def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, tor
         **_per_token(rows, length, left=False),
         **_features(rows),
     }
-    labels = [
-        [t if inside else NOT_IN_LOSS for t, inside in zip(r.input_ids, r.in_loss, strict=True)] for r in rows
-    ]
+    labels = [[t if inside else NOT_IN_LOSS for t, inside in zip(r.input_ids, r.in_loss, strict=True)] for r in rows]
     return inputs, _stack(labels, length, NOT_IN_LOSS, left=False)
 
 

@@ -1,17 +1,13 @@
 """A corpus: a folder of WebDataset tars with an index beside them, so that any sample is one read away.
 
 ``build_index`` makes the index for tars that anyone wrote; ``Corpus`` opens it by memory map and reads samples.
-Members belong together by WebDataset's conventions: key = path up to the first dot of the base name, extension = rest
-in lower case (https://github.com/webdataset/webdataset). Samples are numbered from 0 in the order of the shards' names
-and, inside a shard, of their first member.
+Samples are numbered from 0 in the order of the shards' names and, inside a shard, of their first members.
 """
 
-import mmap
 import os
-import re
 import shlex
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index, write_index
-from vlmdist.data.index_rows import IndexRows, MemberBytes, image_number, image_order
-from vlmdist.data.tar import BrokenTar, TarMember, walk_tar
+from vlmdist.data.index_rows import IndexRows, image_number, image_order
+from vlmdist.data.tar import BrokenTar
+from vlmdist.data.tar_samples import list_shards, samples_in, shard_facts
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import Sample, parse_json, parse_record
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # members that WebDataset readers leave out
 _MAX_OPEN_SHARDS = 256
 _MAX_GAP_BYTES = 4096  # between neighbouring members of one sample: padding and headers
-
-
-def list_shards(folder: Path) -> list[Path]:
-    """The tars of a folder by name. UserError where the folder is missing, can't be read, or has none."""
-    try:
-        files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no such folder of shards") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder}: is a file; give the folder that holds the tars") from None
-    except OSError as e:
-        raise UserError(f"{folder}: can't be read: {e.strerror or e}") from None
-    compressed = [p.name for p in files if p.name.lower().endswith(_COMPRESSED)]
-    if compressed:
-        some = ", ".join(compressed[:3]) + (", ..." if len(compressed) > 3 else "")
-        raise UserError(f"{folder}: compressed tars can't be read at random; unpack them to plain .tar: {some}")
-    shards = [p for p in files if p.name.endswith(".tar") and p.is_file()]
-    if not shards:
-        below = [p.name for p in files if p.is_dir() and any(p.glob("*.tar"))]
-        hint = f"; its subfolders have: {', '.join(below[:5])}" if below else ""
-        raise UserError(f"{folder}: has no .tar files{hint}")
-    return shards
 
 
 def build_index(folder: Path, progress: bool = False) -> "Corpus":
@@ -64,7 +37,8 @@ def build_index(folder: Path, progress: bool = False) -> "Corpus":
         for shard in shards:
             rows.begin_shard(shard.name)
             try:
-                _index_shard(shard, rows)
+                for key, members in samples_in(shard):
+                    rows.add(key, members)
             except BrokenTar as e:
                 problems.append(f"{shard}: {e}; copy or write this shard anew, then: {_mend(folder)}")
             except OSError as e:
@@ -78,47 +52,6 @@ def build_index(folder: Path, progress: bool = False) -> "Corpus":
         raise UserError(f"{folder}: its tars hold no samples; members must be named KEY.json, KEY.jpg, ...")
     write_index(folder, tables)
     return Corpus.open(folder)
-
-
-def shard_facts(shard: Path) -> dict[str, Any]:
-    """What the index says about a tar as a whole."""
-    stat = shard.stat()
-    return {"name": shard.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _index_shard(shard: Path, rows: IndexRows) -> None:
-    with open(shard, "rb") as f:
-        if os.fstat(f.fileno()).st_size == 0:
-            raise BrokenTar("it is empty (0 bytes)")
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            for key, members in _group(walk_tar(view)):
-                content = [MemberBytes(e, m.offset, bytes(view[m.offset : m.offset + m.length])) for e, m in members]
-                rows.add(key, content)
-
-
-def _group(members: Iterator[TarMember]) -> list[tuple[str, list[tuple[str, TarMember]]]]:
-    """Members by sample, wherever in the shard they lie. An extension that comes again begins another sample."""
-    samples: list[tuple[str, list[tuple[str, TarMember]]]] = []
-    newest: dict[str, tuple[list[tuple[str, TarMember]], set[str]]] = {}
-    for member in members:
-        key, extension = _split_name(member.name)
-        if key is None:
-            continue
-        if key not in newest or extension in newest[key][1]:
-            newest[key] = ([], set())
-            samples.append((key, newest[key][0]))
-        newest[key][0].append((extension, member))
-        newest[key][1].add(extension)
-    return samples
-
-
-def _split_name(name: str) -> tuple[str | None, str]:
-    """Key and extension; no key for what WebDataset readers leave out (no extension, hidden, __meta__)."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or _WEBDATASET_META.match(name):
-        return None, ""
-    return folder + slash + stem, extension.lower()
 
 
 def _mend(folder: Path) -> str:
@@ -217,6 +150,14 @@ class Corpus:
             return []
         return [(int(self._columns["width"][r]), int(self._columns["height"][r])) for r in rows]
 
+    def member_columns(self) -> dict[str, NDArray[Any]]:
+        """length, crc32, width, height (0 for what is no image) of all members, [M] each."""
+        return {name: self._columns[name] for name in ("length", "crc32", "width", "height")}
+
+    def count_extensions(self) -> dict[str, int]:
+        counts = np.bincount(self._columns["extension"], minlength=len(self._tables.extensions))
+        return dict(zip(self._tables.extensions, counts.tolist(), strict=True))
+
     def read(self, i: int) -> Sample:
         """Read one sample, with one pread where its members lie together, and check its checksums and its record.
 
@@ -290,9 +231,7 @@ def _differences(folder: Path, shards: list[Path], tables: IndexTables) -> list[
     for name in indexed.keys() & present.keys():
         size = present[name].stat().st_size
         if size != indexed[name]:
-            problems.append(
-                f"{folder / name}: has {size} bytes, the index says {indexed[name]}: truncated or changed; {mend}"
-            )
+            problems.append(f"{folder / name}: changed or cut off ({size} bytes, indexed {indexed[name]}); {mend}")
         elif not os.access(present[name], os.R_OK):
             problems.append(f"{folder / name}: no permission to read this shard")
     return sorted(problems)

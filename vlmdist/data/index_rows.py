@@ -7,12 +7,13 @@ import re
 import zlib
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vlmdist.data.decode import read_image_size
 from vlmdist.data.index_file import COLUMNS, MEMBER_COLUMNS, SAMPLE_COLUMNS, IndexTables, fingerprint_of
+from vlmdist.data.tar_samples import MemberBytes
 from vlmdist.errors import BadSample
 from vlmdist.sample import IMAGE_EXTENSIONS, Message, parse_json, parse_record
 
@@ -21,14 +22,6 @@ _MAX_REASONS = 10_000
 _TOO_MANY_REASONS = "its record or an image is unusable (one of too many different reasons to keep)"
 _IMAGE = re.compile(rf"(?:(\d{{1,6}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
 _ARRAY_CODES = {"<i4": "i", "<i8": "q", "<u4": "I"}
-
-
-class MemberBytes(NamedTuple):
-    """One member: its extension in lower case, where its bytes lie in the shard, and the bytes."""
-
-    extension: str
-    offset: int
-    data: bytes
 
 
 def image_number(extension: str) -> int | None:

@@ -70,7 +70,9 @@ class Prompter:
                 "or give a Jinja file"
             )
         if not self.tokenizer.is_fast:
-            raise UserError("model.name_or_path: the tokenizer is a slow one; vlmdist needs a fast tokenizer (tokenizer.json)")
+            raise UserError(
+                "model.name_or_path: the tokenizer is a slow one; vlmdist needs a fast tokenizer (tokenizer.json)"
+            )
         self.image_token: str | None = getattr(processor, "image_token", None) if self.has_images else None
         specials = {*self.tokenizer.all_special_tokens, *([self.image_token] if self.image_token else [])}
         specials |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
@@ -137,7 +139,9 @@ class Prompter:
                 text, spans = self._render_training(messages)
                 encoded = self._encode(text, spans, sample, check_length=False)
             except BadSample as e:
-                raise UserError(f"prompt.template: it can't be proven that only the assistant is in the loss: {e}") from None
+                raise UserError(
+                    f"prompt.template: it can't be proven that only the assistant is in the loss: {e}"
+                ) from None
             self._compare_with_answers(messages, encoded)
             self._compare_with_question(sample, encoded)
 
@@ -169,7 +173,8 @@ class Prompter:
     def _render_training(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Text of the conversation and the character spans of the assistant turns, end-of-turn marker included."""
         marked = [
-            Message(m.role, (TextPart(_MARK.format(i)),)) if m.role == "assistant" else m for i, m in enumerate(messages)
+            Message(m.role, (TextPart(_MARK.format(i)),)) if m.role == "assistant" else m
+            for i, m in enumerate(messages)
         ]
         pieces = _MARK_PATTERN.split(self._render(marked, add_generation_prompt=False))
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
@@ -188,7 +193,7 @@ class Prompter:
         return text, spans
 
     def _find_end_of_turn(self) -> str:
-        """What the template writes after an answer, up to its first special token; the eos token where there is none."""
+        """What the template writes after an answer, up to its first special token; else the eos token."""
         probe = (Message("user", (TextPart("q"),)), Message("assistant", (TextPart(_MARK.format(1)),)))
         try:
             text = self._render(probe, add_generation_prompt=False)
@@ -201,12 +206,14 @@ class Prompter:
         return suffix[: special.end()] if special else str(self.tokenizer.eos_token)
 
     def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
-        # a text that spells a control token would be tokenized as that token: a turn could be forged, image tokens miscounted
+        # a text that spells a control token would become that token: forged turns, miscounted image tokens
         for m in messages:
             found = self._special_pattern.search(m.text)
             if found:
                 what = "image tag without image: " if found.group() == self.image_token else ""
-                raise BadSample(f"{what}the text of a {m.role} turn contains the model's special token {found.group()!r}")
+                raise BadSample(
+                    f"{what}the text of a {m.role} turn contains the model's special token {found.group()!r}"
+                )
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
@@ -256,12 +263,14 @@ class Prompter:
     def _compare_with_question(self, sample: Sample, encoded: Encoded) -> None:
         """The model must be asked at evaluation as it was trained: same tokens before the answer."""
         text = self._render(sample.question, add_generation_prompt=True)
-        asked = self._encode(text, [], Sample(-1, "probe", sample.question, sample.images), check_length=False).input_ids
+        asked = self._encode(
+            text, [], Sample(-1, "probe", sample.question, sample.images), check_length=False
+        ).input_ids
         if encoded.input_ids[: len(asked)] != asked:
             trained = self.tokenizer.decode(encoded.input_ids[: len(asked)][-20:])
             raise UserError(
                 "prompt.template: the generation prompt differs from what precedes an answer in training: "
-                f"asked …{self.tokenizer.decode(asked[-20:])!r}, trained …{trained!r}. Mend add_generation_prompt in it."
+                f"asked …{self.tokenizer.decode(asked[-20:])!r}, trained …{trained!r}. Mend its add_generation_prompt."
             )
 
 
@@ -280,7 +289,9 @@ def _move_spans(spans: list[Span], replacements: list[dict[str, Any]]) -> list[S
     """Character spans after each image placeholder was expanded into its run of image tokens."""
     moved = []
     for start, end in spans:
-        shift = sum(len(r["replacement"]) - (r["span"][1] - r["span"][0]) for r in replacements if r["span"][1] <= start)
+        shift = sum(
+            len(r["replacement"]) - (r["span"][1] - r["span"][0]) for r in replacements if r["span"][1] <= start
+        )
         moved.append((start + shift, end + shift))
     return moved
 

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from vlmdist.data.decode import read_image_size
-from vlmdist.data.index import list_shards, shard_facts
 from vlmdist.data.index_file import INDEX_NAME, sync_folder, write_index
-from vlmdist.data.index_rows import IndexRows, MemberBytes
+from vlmdist.data.index_rows import IndexRows
 from vlmdist.data.tar import BLOCK_BYTES
+from vlmdist.data.tar_samples import MemberBytes, list_shards, shard_facts
 from vlmdist.errors import BadSample, RunFailed, UserError
 from vlmdist.sample import parse_json, parse_record
 
@@ -139,6 +139,10 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Take away everything written so far."""
+        if self._tar is not None:
+            # closed, not dropped: tarfile would try again when collected, and print a traceback
+            with contextlib.suppress(OSError, ValueError):
+                self._tar.close()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -27,7 +27,10 @@ def as_seen(corpus: Corpus, prompter: Prompter, key: str | None) -> dict[str, An
         quantiles = np.percentile(lengths, [0, 50, 95, 100])
         facts["tokens"] = dict(zip(("min", "median", "p95", "max"), (int(q) for q in quantiles), strict=True))
     try:
-        facts["sample"] = {"key": corpus.key(number), "runs": _runs(prompter, prompter.encode_training(corpus.read(number)))}
+        facts["sample"] = {
+            "key": corpus.key(number),
+            "runs": _runs(prompter, prompter.encode_training(corpus.read(number))),
+        }
     except BadSample as e:
         facts["sample"] = {"key": corpus.key(number), "bad": str(e)}
     return facts
@@ -39,7 +42,10 @@ def format_as_seen(facts: dict[str, Any]) -> str:
     lines = []
     if "tokens" in facts:
         t = facts["tokens"]
-        lines.append(f"tokens of {facts['samples_tokenized']} samples: {t['min']} to {t['max']}, median {t['median']}, p95 {t['p95']}")
+        lines.append(
+            f"tokens of {facts['samples_tokenized']} samples: {t['min']} to {t['max']}, "
+            f"median {t['median']}, p95 {t['p95']}"
+        )
     lines += [f"bad: {b['key']}: {b['why']}" for b in facts["bad"]]
     sample = facts["sample"]
     lines.append(f"sample {sample['key']}, the tokens in the loss {'in green' if colour else 'between ⟦ and ⟧'}:")
@@ -66,7 +72,9 @@ def _runs(prompter: Prompter, encoded: Encoded) -> list[dict[str, Any]]:
     for end in range(1, len(ids) + 1):
         if end == len(ids) or marks[end] != marks[start]:
             text = prompter.tokenizer.decode(ids[start:end], skip_special_tokens=False)
-            runs.append({"in_loss": marks[start], "num_tokens": end - start, "text": _fold_images(text, prompter.image_token)})
+            runs.append(
+                {"in_loss": marks[start], "num_tokens": end - start, "text": _fold_images(text, prompter.image_token)}
+            )
             start = end
     return runs
 

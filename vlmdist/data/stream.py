@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmdist.data.collate import NOT_IN_LOSS, MicroBatch, pad_right
+from vlmdist.data.collate import MicroBatch, pad_right
 from vlmdist.data.index import Corpus
-from vlmdist.data.order import Cursor, mixture_epoch, num_steps, step_slice
+from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, num_steps, step_slice
 from vlmdist.data.plan import plan_step
 from vlmdist.data.prompt import Encoded, Prompter
 from vlmdist.errors import BadSample
@@ -45,7 +45,7 @@ class Mixture:
         return mixture_epoch(sizes, self.weights, self.seed, epoch, self.shuffle_block_size)
 
     def epoch_length(self, epoch: int) -> int:
-        return len(self.epoch(epoch)[0])
+        return mixture_length([len(c) for c in self.corpora], self.weights, epoch)
 
 
 @dataclass
@@ -168,7 +168,13 @@ class _MicroBatches(Dataset[MicroBatch]):
 
 
 def validation_batches(
-    corpus: Corpus, prompter: Prompter, *, rank: int, world_size: int, batch_size: int, max_samples: int | None,
+    corpus: Corpus,
+    prompter: Prompter,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    max_samples: int | None,
     num_workers: int,
 ) -> Iterator[MicroBatch]:
     """This rank's share of fixed batches over the first ``max_samples`` of a corpus, similar lengths together."""
@@ -203,6 +209,3 @@ def _ignore_signals(worker: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-__all__ = ["NOT_IN_LOSS", "Mixture", "Step", "Task", "TrainStream", "describe_bad", "validation_batches"]

@@ -1,4 +1,4 @@
-"""Greedy answers of one batch of questions. B rows, T tokens of the longest question, A tokens of the longest answer."""
+"""Greedy answers of one batch of questions. B rows, T tokens of the longest question, A of the longest answer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ def choose_checkpoint(config: RunConfig, asked: Path | None, base: bool) -> tupl
     return checkpoint, [f"passed over {reason}" for reason in skipped]
 
 
-def choose_corpus(config: RunConfig, split: str, base: bool) -> Path:
+def choose_corpus(config: RunConfig, split: str) -> Path:
     """Folder of the shards to evaluate on."""
     if split not in ("test", "validation"):
         raise UserError(f"split: {split!r} is not one of test, validation")

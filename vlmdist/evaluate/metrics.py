@@ -96,7 +96,8 @@ def count_json(truth: str, prediction: str) -> SampleScore:
     names = list(dict.fromkeys([*wanted, *found]))
     pairs = {name: (_as_count(wanted.get(name, 0)), _as_count(found.get(name, 0))) for name in names}
     fields = {
-        name: FieldScore(_percent(a == b), a == b, str(a), _as_text(found.get(name, 0))) for name, (a, b) in pairs.items()
+        name: FieldScore(_percent(a == b), a == b, str(a), _as_text(found.get(name, 0)))
+        for name, (a, b) in pairs.items()
     }
     errors = [abs((a or 0) - (b or 0)) for a, b in pairs.values()]
     whole = _percent(truth.strip() == prediction.strip())

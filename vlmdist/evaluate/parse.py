@@ -12,8 +12,9 @@ NONE_SIGN = "-"
 def parse_json_answer(text: str) -> tuple[dict[str, Any], bool]:
     """The JSON object in an answer and whether there was one; ({}, False) for anything else.
 
-    Exactly what the Mini-InternVL recipe does: the code fences "```json" and "```" are removed, the rest is stripped and
-    given to json.loads (so NaN is a number, of a doubled key the last one holds, and text after the object spoils it).
+    Exactly what the Mini-InternVL recipe does: the code fences "```json" and "```" are removed, the rest is stripped
+    and given to json.loads (so NaN is a number, of a doubled key the last one holds, and text after the object spoils
+    it).
     """
     try:
         value = json.loads(text.replace("```json", "").replace("```", "").strip())

@@ -7,6 +7,7 @@
 No rank waits in a collective for a slower one: a rank that is through looks at this folder until all parts are there.
 """
 
+import contextlib
 import json
 import shutil
 import time
@@ -63,7 +64,9 @@ class EvaluationFolder:
         shutil.rmtree(self.parts_dir, ignore_errors=True)
         self.parts_dir.mkdir(parents=True)
         replace_file_text(self.identity_file, json.dumps(identity, indent=1, sort_keys=True) + "\n")
-        return f"{self.path}: held another evaluation ({_differences(found, identity)}); it is replaced" if had_results else None
+        if not had_results:
+            return None
+        return f"{self.path}: held another evaluation ({_differences(found, identity)}); it is replaced"
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -88,13 +91,22 @@ class EvaluationFolder:
         """Numbers of the batches that have a file (a listing, nothing is read)."""
         return {int(p.stem.removeprefix("batch-")) for p in self.parts_dir.glob("batch-*.json")}
 
+    def remove_broken_parts(self, whole: Iterable[int]) -> None:
+        """Keep the parts of the batches in ``whole``; any other must be written again before it counts as present."""
+        for batch in self.present_batches() - set(whole):
+            self.part_file(batch).unlink(missing_ok=True)
+
     def remove_parts(self) -> None:
         shutil.rmtree(self.parts_dir, ignore_errors=True)
+
+    def write_timing(self, timing: dict[str, Any]) -> None:
+        replace_file_text(self.timing_file, json.dumps(timing, indent=1) + "\n")
 
     # -- ranks -----------------------------------------------------------------------------------------------------
 
     def mark_failed(self, token: str, rank: int, why: str) -> None:
-        replace_file_text(self.parts_dir / f"failed-{token}-{rank}", why)
+        with contextlib.suppress(OSError):  # a full disk may be why; the launcher then ends the others
+            replace_file_text(self.parts_dir / f"failed-{token}-{rank}", why)
 
     def raise_if_a_rank_failed(self, token: str) -> None:
         for mark in sorted(self.parts_dir.glob(f"failed-{token}-*")):

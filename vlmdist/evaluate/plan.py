@@ -27,7 +27,7 @@ def cut_batches(
     text_bytes, num_images, image_pixels [M]: of each sample. Sorted by number of images, pixels, text length and sample
     number, so that what shares a batch is alike; samples with and without images never share one.
     """
-    order = np.lexsort((np.arange(len(text_bytes)), text_bytes, image_pixels, num_images))
+    order = np.lexsort([np.arange(len(text_bytes)), *map(np.asarray, (text_bytes, image_pixels, num_images))])
     num_without_image = int((np.asarray(num_images) == 0).sum())
     batches = []
     for group in (order[:num_without_image], order[num_without_image:]):

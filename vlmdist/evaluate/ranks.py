@@ -1,7 +1,7 @@
 """The ranks of an evaluation, by accelerate: start, one decision for all, small objects from all.
 
 ``accelerate launch``, torchrun and srun start it alike; a single process is a world of one. Ranks exchange a few small
-objects and never a tensor, so the backend is gloo on GPUs too: several ranks may share a GPU, and waiting costs nothing.
+objects and never a tensor, so the backend is gloo on GPUs too: several ranks may share a GPU, and waiting is free.
 """
 
 import os
@@ -77,4 +77,3 @@ class Ranks:
     def leave(self) -> None:
         """Close the process group that accelerate opened (all ranks)."""
         self._state.destroy_process_group()
-        self._state._reset_state()

@@ -84,7 +84,7 @@ def summarise(rows: Sequence[Row], scores: Sequence[SampleScore], metric: str) -
 
 
 def score_file(path: str | os.PathLike[str], metric: str) -> dict[str, Any]:
-    """Score a file of {id, truth, prediction} rows (or the evaluation folder that holds one), wherever it comes from."""
+    """Score a file of {id, truth, prediction} rows, wherever it comes from, or the evaluation folder with one."""
     metric_by_name(metric)
     return score_rows(read_predictions(path), metric)
 
@@ -106,7 +106,7 @@ def read_predictions(path: str | os.PathLike[str]) -> list[Row]:
     if problems:
         raise UserError(first_problems([f"{file}: {problem}" for problem in problems]))
     if not rows:
-        raise UserError(f"{file}: holds no rows; a row is {{\"id\": ..., \"truth\": ..., \"prediction\": ...}}")
+        raise UserError(f'{file}: holds no rows; a row is {{"id": ..., "truth": ..., "prediction": ...}}')
     return rows
 
 
@@ -130,6 +130,8 @@ def format_scores(scores: dict[str, Any]) -> str:
         lines.append(f"  {'field':<{width}}  {'score':>7}  {'exact %':>7}  {'samples':>7}")
         for name, f in scores["by_field"].items():
             lines.append(f"  {name:<{width}}  {f['score']:7.2f}  {f['exact']:7.2f}  {f['num']:7d}")
+    if "folder" in scores:
+        lines.append(f"  in {scores['folder']}")
     return "\n".join(lines)
 
 

@@ -63,7 +63,8 @@ def load_trainable(model: nn.Module, file: Path) -> None:
     if missing or unknown:
         raise UserError(
             f"{file}: does not fit the adapt section of the run file: "
-            f"{len(missing)} weights are missing (first: {missing[:3]}), {len(unknown)} are unknown (first: {unknown[:3]})"
+            f"{len(missing)} weights are missing (first: {missing[:3]}), "
+            f"{len(unknown)} are unknown (first: {unknown[:3]})"
         )
     parameters: dict[str, Any] = dict(model.named_parameters())
     with torch.no_grad():
@@ -89,7 +90,9 @@ def _layers_for_lora(model: nn.Module, config: AdaptConfig, family: Family) -> l
     asked = [part for part in PARTS if getattr(config, part) == "lora"]
     if asked and not names:
         linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(f"adapt.lora.target_modules: none of {wanted} is a linear layer of {asked}; there are: {linear}")
+        raise UserError(
+            f"adapt.lora.target_modules: none of {wanted} is a linear layer of {asked}; there are: {linear}"
+        )
     return names
 
 

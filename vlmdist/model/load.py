@@ -88,7 +88,7 @@ def _quantization(kind: str, dtype: torch.dtype, family: Family) -> Any:
     )
 
 
-def _keep_gradients_through_4bit_on_cpu(model: nn.Module) -> None:
+def _keep_gradients_through_4bit_on_cpu(model: Any) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first forward in eval mode; from then on no
     gradient passes through it. This switch keeps the layer as it is (seen with bitsandbytes 0.50.2)."""
     for module in model.modules():

@@ -6,7 +6,6 @@
 import torch
 
 from vlmdist.config import ModelConfig
-from vlmdist.errors import UserError
 
 BF16_CAPABILITY = (8, 0)
 FLASH_ATTENTION_2_CAPABILITY = (8, 0)

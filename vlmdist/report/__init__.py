@@ -1,0 +1,1 @@
+"""The page that shows a run: what was trained, how it went, how well it answers."""

@@ -76,7 +76,12 @@ def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            command += ["--input_folder", str(checkpoint / _DEEPSPEED_TAG), "--output_folder", str(out / _UNIVERSAL_TAG)]
+            command += [
+                "--input_folder",
+                str(checkpoint / _DEEPSPEED_TAG),
+                "--output_folder",
+                str(out / _UNIVERSAL_TAG),
+            ]
             env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             done = subprocess.run(command, capture_output=True, text=True, env=env)  # noqa: S603
             if done.returncode != 0:
@@ -85,11 +90,9 @@ def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None) -> TrainState:
-    """Put weights, optimizer and scaler of a verified checkpoint into the engine; returns where the run was (all ranks)."""
+    """Put weights, optimizer and scaler of a verified checkpoint into the engine (all ranks); where the run was."""
     folder, tag = (checkpoint, _DEEPSPEED_TAG) if universal is None else (universal, _UNIVERSAL_TAG)
-    loaded, _ = engine.load_checkpoint(
-        str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
     if loaded is None:
         raise RunFailed(f"DeepSpeed could not load {checkpoint}")
     barrier()

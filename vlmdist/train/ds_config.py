@@ -76,7 +76,7 @@ def _fill_autos(tree: dict[str, Any], values: dict[str, Any], file: Path) -> lis
         if node.get(name, "auto") == "auto":
             node[name] = value
         elif node[name] != value:
-            problems.append(f"{file}: {path} is {node[name]}, the run file makes it {value}; write \"auto\" there")
+            problems.append(f'{file}: {path} is {node[name]}, the run file makes it {value}; write "auto" there')
     return problems
 
 

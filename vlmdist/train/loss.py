@@ -31,9 +31,7 @@ def token_loss_sum(model: Any, batch: MicroBatch) -> torch.Tensor:
     targets = targets[:, positions]  # [B, K]
     if not bool((targets != NOT_IN_LOSS).any()):
         return logits.float().sum() * 0.0
-    return cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_IN_LOSS, reduction="sum"
-    )
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_IN_LOSS, reduction="sum")
 
 
 def _forward_arguments(model: Any) -> set[str]:

@@ -24,7 +24,8 @@ class Progress:
         """One row of figures, after a step (rank 0; nothing elsewhere)."""
         if not self._is_main:
             return
-        text = f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  {figures['tokens_per_second']:.0f} tokens/s"
+        text = f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}"
+        text += f"  {figures['tokens_per_second']:.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)

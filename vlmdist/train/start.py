@@ -3,6 +3,7 @@
 Wrong input is found here, before a model is loaded where that is possible, and told all at once.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from vlmdist.train.metrics import log
 from vlmdist.train.optim import make_optimizer
 from vlmdist.train.state import TrainState, differences
 
+_HELD_LOCKS: list[TextIO] = []
 _PACKAGES = ("vlmdist", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -67,16 +69,26 @@ def open_run_folder(config: RunConfig, world: World) -> RunFolder:
     if world.is_main:
         try:
             run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            _lock(run)
             for file in (run.log_file, run.steps_file, run.bad_samples_file):
                 mend_jsonl(file)
                 with open(file, "a", encoding="utf-8"):
                     pass
+        except BlockingIOError:
+            problem = f"output_dir: another run is writing {run.path}; wait for it, or give another output_dir"
         except OSError as e:
             problem = f"output_dir: {e.filename or run.path} can't be written: {e.strerror}; give another output_dir"
     problem = gather_objects(problem)[0]
     if problem:
         raise UserError(problem)
     return run
+
+
+def _lock(run: RunFolder) -> None:
+    """Keep other runs out of the folder for as long as this process lives (BlockingIOError where one is in it)."""
+    handle = open(run.lock_file, "w")  # noqa: SIM115 - the lock goes with the file, so it stays open
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _HELD_LOCKS.append(handle)
 
 
 def prepare(config: RunConfig, world: World, run: RunFolder) -> Training:
@@ -129,7 +141,7 @@ def prepare(config: RunConfig, world: World, run: RunFolder) -> Training:
 
 
 def _check_input(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus | None, dict[str, Any]]:
-    """Open the corpora and fill the DeepSpeed JSON; UserError with everything that is wrong, before a model is loaded."""
+    """Open the corpora and fill the DeepSpeed JSON; UserError with all that is wrong, before a model is loaded."""
     problems = precision_problems(config.model, world.device)
     corpora: list[Corpus] = []
     validation: Corpus | None = None
@@ -161,12 +173,13 @@ def _check_input(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
 def _refuse_other_run(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> None:
     changed = differences(load_run(checkpoint / "run.yaml"), config)
     if changed:
-        raise UserError([*changed, f"give another output_dir for a new run, or put these back to go on from {checkpoint}"])
+        raise UserError(
+            [*changed, f"give another output_dir for a new run, or put these back to go on from {checkpoint}"]
+        )
     refuse_other_data(checkpoint, fingerprints)
 
 
 def _start_engine(model: Any, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Score a model on the test shards of a run file, on as many ranks as the job has tasks.
+#
+#   sbatch slurm/evaluate.sh RUN.yaml
+#   sbatch --ntasks-per-node=4 --gres=gpu:4 slurm/evaluate.sh /scratch/r1/run.yaml --base
+#
+# Arguments are those of `vlmdist evaluate`; relative paths are taken from the folder in which sbatch was called. The scores
+# do not depend on the number of ranks; a job that is stopped goes on where it was.
+
+# name in squeue and of the log
+#SBATCH --job-name=vlmdist-evaluate
+# machines
+#SBATCH --nodes=1
+# ranks a machine: one a GPU
+#SBATCH --ntasks-per-node=2
+# GPUs a machine; a type may be named: --gres=gpu:v100:2
+#SBATCH --gres=gpu:2
+# cores a rank
+#SBATCH --cpus-per-task=4
+# host memory a core
+#SBATCH --mem-per-cpu=4G
+# longest run, hh:mm:ss
+#SBATCH --time=02:00:00
+# SIGUSR1 to the batch shell this many seconds before the end: time to finish a batch
+#SBATCH --signal=B:USR1@120
+# a preempted job, or one whose node died, goes back into the queue
+#SBATCH --requeue
+# what is written after a requeue is added to the log
+#SBATCH --open-mode=append
+# one log a job, in the folder in which sbatch was called
+#SBATCH --output=%x-%j.out
+
+# Slurm runs a copy of this script from its spool folder. The repository is VLMDIST_HOME, else where the script was submitted
+# from, else around the folder in which sbatch was called.
+[[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: a job script: submit it with sbatch" >&2 && exit 2; }
+home="${VLMDIST_HOME:-}"
+if [[ -z $home ]]; then
+    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+    while [[ $home == */slurm/* && ! -f $home/slurm/job.sh ]]; do home="${home%/slurm/*}"; done
+    [[ -f $home/slurm/job.sh ]] || home="$SLURM_SUBMIT_DIR"
+    while [[ $home == */* && ! -f $home/slurm/job.sh ]]; do home="${home%/*}"; done
+fi
+[[ -f $home/slurm/job.sh ]] || { echo "error: the vlmdist repository was not found: set VLMDIST_HOME" >&2 && exit 2; }
+# shellcheck source=slurm/job.sh
+source "$home/slurm/job.sh"
+
+[[ $# -ge 1 ]] || die "usage: sbatch slurm/evaluate.sh RUN.yaml [--base | --checkpoint DIR] [section.field=value ...]"
+run_ranks evaluate "$@"

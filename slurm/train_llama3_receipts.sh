@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Receipt lines to normalised items: Llama-3-8B, NF4 QLoRA, ZeRO-2 with the optimizer in host memory, on two V100.
+#
+#   sbatch slurm/train_llama3_receipts.sh
+#   sbatch --partition=gpu --nodes=2 slurm/train_llama3_receipts.sh model.name_or_path=/models/Meta-Llama-3-8B output_dir=/scratch/r1
+#
+# What sbatch is told on its command line wins over the lines below. Arguments after the script are section.field=value of the
+# run file launch/runs/llama3_receipts.yaml; relative paths are taken from the folder in which sbatch was called. The same by
+# environment: VLMDIST_MODEL (folder or hub name), VLMDIST_DATA (folder with the shards, in train/ validation/ test/),
+# VLMDIST_OUT (run folder). The cluster's facts (modules, environment, caches) go into slurm/cluster.env.
+
+# name in squeue and of the log
+#SBATCH --job-name=llama3-receipts
+# machines
+#SBATCH --nodes=1
+# ranks a machine: one a GPU
+#SBATCH --ntasks-per-node=2
+# GPUs a machine; a type may be named: --gres=gpu:v100:2
+#SBATCH --gres=gpu:2
+# cores a rank: the optimizer steps on them (offload), loader workers run there
+#SBATCH --cpus-per-task=8
+# host memory a core; fp32 optimizer state and page-locked buffers lie there
+#SBATCH --mem-per-cpu=4G
+# longest run, hh:mm:ss; a run that needs longer saves, requeues itself and goes on
+#SBATCH --time=04:00:00
+# SIGUSR1 to the batch shell this many seconds before the end: time to finish a step and save
+#SBATCH --signal=B:USR1@120
+# a preempted job, or one whose node died, goes back into the queue
+#SBATCH --requeue
+# what is written after a requeue is added to the log
+#SBATCH --open-mode=append
+# one log a job, in the folder in which sbatch was called
+#SBATCH --output=%x-%j.out
+
+# Slurm runs a copy of this script from its spool folder. The repository is VLMDIST_HOME, else where the script was submitted
+# from, else around the folder in which sbatch was called.
+[[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: a job script: submit it with sbatch" >&2 && exit 2; }
+home="${VLMDIST_HOME:-}"
+if [[ -z $home ]]; then
+    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+    while [[ $home == */slurm/* && ! -f $home/slurm/job.sh ]]; do home="${home%/slurm/*}"; done
+    [[ -f $home/slurm/job.sh ]] || home="$SLURM_SUBMIT_DIR"
+    while [[ $home == */* && ! -f $home/slurm/job.sh ]]; do home="${home%/*}"; done
+fi
+[[ -f $home/slurm/job.sh ]] || { echo "error: the vlmdist repository was not found: set VLMDIST_HOME" >&2 && exit 2; }
+# shellcheck source=slurm/job.sh
+source "$home/slurm/job.sh"
+
+run=("$home/launch/runs/llama3_receipts.yaml")
+[[ -z ${VLMDIST_MODEL:-} ]] || run+=("model.name_or_path=$VLMDIST_MODEL")
+[[ -z ${VLMDIST_DATA:-} ]] || run+=("data.train=$VLMDIST_DATA/train" "data.validation=$VLMDIST_DATA/validation" "data.test=$VLMDIST_DATA/test")
+[[ -z ${VLMDIST_OUT:-} ]] || run+=("output_dir=$VLMDIST_OUT")
+run_ranks train "${run[@]}" "$@"

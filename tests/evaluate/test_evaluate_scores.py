@@ -1,0 +1,170 @@
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vlmdist.errors import UserError
+from vlmdist.evaluate.scores import (
+    format_scores,
+    read_predictions,
+    score_each,
+    score_file,
+    score_rows,
+    write_predictions,
+    write_scores,
+)
+
+
+def _row(key, truth, prediction, **more):
+    return {"id": key, "truth": truth, "prediction": prediction, **more}
+
+
+ROWS = [
+    _row("a", '{"company": "AB", "total": "1.00"}', '{"company": "AB", "total": "1.00"}'),
+    _row("b", '{"company": "AB"}', '{"company": "AX"}'),
+    _row("c", '{"total": "2.00"}', "no json"),
+]
+
+
+def test_means_over_samples_and_by_field():
+    scores = score_rows(ROWS, "fuzzy")
+    assert scores == {
+        "metric": "fuzzy",
+        "score": 50.0,  # 100, 50, 0
+        "num_samples": 3,
+        "num_errors": 0,
+        "figures": {"exact": pytest.approx(100 / 3), "valid_json": pytest.approx(200 / 3)},
+        "by_field": {
+            "company": {"score": 75.0, "exact": 50.0, "num": 2},
+            "total": {"score": 50.0, "exact": 50.0, "num": 2},
+        },
+    }
+
+
+def test_a_failed_sample_counts_as_an_empty_answer():
+    failed = _row("d", '{"company": "AB"}', '{"company": "AB"}', error="corrupt image")
+    unread = _row("e", None, "", error="broken JSON")
+    scores = score_rows([*ROWS[:1], failed, unread], "fuzzy")
+    assert scores["score"] == pytest.approx(100 / 3)
+    assert (scores["num_samples"], scores["num_errors"]) == (3, 2)
+    assert scores["by_field"]["company"]["num"] == 2
+    assert score_rows([failed, unread], "exact")["score"] == 0
+
+
+def test_the_sum_does_not_depend_on_the_order_of_rows():
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdef", k=7)) for _ in range(400)]
+    rows = [_row(i, w, rng.choice(words)) for i, w in enumerate(words)]
+    first = score_rows(rows, "fuzzy_text")
+    rng.shuffle(rows)
+    assert score_rows(rows, "fuzzy_text") == first
+
+
+def test_unreadable_truths_are_named():
+    with pytest.raises(UserError) as e:
+        score_rows([_row("good", "{}", "{}"), _row("bad-7", "total 3", "{}")], "count_json")
+    assert len(e.value.problems) == 1
+    assert "bad-7" in e.value.problems[0]
+    assert "not a JSON object" in e.value.problems[0]
+
+
+def test_unknown_metric_names_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="fuzzy_fields"):
+        score_file(tmp_path / "none.jsonl", "fuzy")
+
+
+def _write(path, lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path):
+    good = json.dumps(ROWS[0])
+    file = _write(
+        tmp_path / "p.jsonl",
+        [
+            good,
+            "{broken",
+            "[1]",
+            '{"id": "x"}',
+            '{"id": "y", "truth": 5, "prediction": "p"}',
+            '{"id": "z", "truth": "t", "prediction": null}',
+            '{"id": 1.5, "truth": "t", "prediction": "p"}',
+            "",
+            good,
+            '{"id": "w", "truth": null, "prediction": ""}',
+        ],
+    )
+    with pytest.raises(UserError) as e:
+        score_file(file, "fuzzy")
+    told = e.value.problems
+    assert [p.split("line ")[1].split(":")[0] for p in told] == ["2", "3", "4", "5", "6", "7", "9", "10"]
+    assert "no truth and no prediction" in told[2]
+    assert "was on line 1 already" in told[6]
+
+
+def test_at_most_twenty_bad_lines_are_told(tmp_path):
+    with pytest.raises(UserError) as e:
+        score_file(_write(tmp_path / "p.jsonl", ["nonsense"] * 50), "fuzzy")
+    assert len(e.value.problems) == 21
+    assert e.value.problems[-1] == "... and 30 more like these"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"", "holds no rows"), (b"\xff\xfe\x00", "not UTF-8")],
+)
+def test_files_that_are_none(tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        score_file(file, "fuzzy")
+
+
+def test_written_predictions_score_the_same_and_hold_every_character(tmp_path):
+    rows = [
+        _row("ß/1", '{"a": "\\ud800 \u2028 чай\\n"}', "```json\n{}\n```\u2028\x00"),
+        _row("2", '{"a": "b"}', "half a pair \ud800"),
+        _row("3", None, "", error="broken JSON"),
+    ]
+    scores = score_rows(rows, "fuzzy")
+    write_predictions(tmp_path / "predictions.jsonl", rows, score_each(rows, "fuzzy"))
+    write_scores(tmp_path / "scores.json", scores)
+    again = read_predictions(tmp_path)
+    assert [{k: r[k] for k in ("id", "truth", "prediction")} for r in again] == [
+        {k: r[k] for k in ("id", "truth", "prediction")} for r in rows
+    ]
+    assert score_file(tmp_path, "fuzzy") == scores == json.loads((tmp_path / "scores.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "scores.json"]
+
+
+def test_the_table_shows_every_field():
+    table = format_scores(score_rows([*ROWS, _row("e", None, "", error="why")], "fuzzy"))
+    assert "fuzzy: 37.50  (4 samples, 1 of them failed)" in table
+    assert [line.split()[0] for line in table.splitlines()[3:]] == ["company", "total"]
+
+
+def test_scoring_imports_no_torch():
+    code = (
+        "import sys; from vlmdist.evaluate.scores import score_rows;"
+        "score_rows([{'id': 1, 'truth': 'a', 'prediction': 'a'}], 'exact');"
+        "heavy = {'torch', 'transformers', 'accelerate', 'numpy', 'pydantic'} & set(sys.modules); print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.strip()
+    assert "torch" not in loaded
+    assert "transformers" not in loaded
+    assert "accelerate" not in loaded
+
+
+def test_a_hundred_thousand_predictions_in_seconds():
+    truth = json.dumps({"company": "ABC HO TRADING", "date": "29-12-2017", "address": "67,JLN MEWAH", "total": "14.10"})
+    guess = truth.replace("TRADING", "TRADNG")
+    rows = [_row(i, truth, guess) for i in range(100_000)]
+    started_s = time.process_time()
+    assert score_rows(rows, "fuzzy")["num_samples"] == 100_000
+    assert time.process_time() - started_s < 20  # about 2 s on an idle core; the bound is for a busy machine

@@ -1,0 +1,160 @@
+"""Loading, quantising, freezing: on real NF4, with tiny random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny_llava
+from torch import nn
+
+from vlmdist.config import AdaptConfig, LoraConfig, ModelConfig, RunConfig
+from vlmdist.errors import UserError
+from vlmdist.model.adapters import load_trainable, trainable_names, trains_vision
+from vlmdist.model.families import FAMILIES, TEXT
+from vlmdist.model.load import load_for_evaluation, load_for_training, load_processor
+from vlmdist.model.precision import resolve_dtype
+
+CPU = torch.device("cpu")
+
+
+def run_config(model: Path, adapt: AdaptConfig | None = None, **options: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"name_or_path": str(model), **options},
+            "adapt": (adapt or AdaptConfig()).model_dump(),
+            "data": {"train": "unused"},
+            "train": {"global_batch_size": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llava(tmp_path_factory.mktemp("llava"), ["what is it", "a receipt"])
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def test_nf4_packs_the_language_model_alone(tiny_llava: Path) -> None:
+    model, _ = load_for_training(run_config(tiny_llava, quantization="nf4"), CPU)
+    packed = {n for n, kind in kinds(model).items() if kind == "Linear4bit"}
+    plain = {n for n, kind in kinds(model).items() if kind == "Linear"}
+    assert any("language_model.layers.0.self_attn.q_proj" in n for n in packed)
+    assert not any("vision_tower" in n or "projector" in n or "lm_head" in n for n in packed)
+    assert any("vision_tower" in n for n in plain)
+    assert any("lm_head" in n for n in plain)
+
+
+def test_lora_on_the_language_model_only_by_default(tiny_llava: Path) -> None:
+    model, family = load_for_training(run_config(tiny_llava), CPU)
+    names = trainable_names(model)
+    assert len(names) == 2 * 7 * 2  # two layers, seven linears, A and B
+    assert all("language_model.layers" in n and "lora_" in n for n in names)
+    assert not trains_vision(AdaptConfig(), family)
+
+
+def test_each_part_can_be_frozen_lora_or_full(tiny_llava: Path) -> None:
+    adapt = AdaptConfig(vision_tower="lora", projector="full", language_model="frozen", head="full")
+    model, family = load_for_training(run_config(tiny_llava, adapt), CPU)
+    names = trainable_names(model)
+    assert {n.split(".")[-1] for n in names if "multi_modal_projector" in n} == {"weight", "bias"}
+    assert all("lora_" in n for n in names if "vision_tower" in n)
+    assert any("lm_head.weight" in n for n in names)
+    assert not any("language_model" in n for n in names)
+    assert trains_vision(adapt, family)
+
+
+def test_targets_by_name(tiny_world: Path) -> None:
+    adapt = AdaptConfig(lora=LoraConfig(target_modules=["q_proj", "v_proj"]))
+    names = trainable_names(load_for_training(run_config(tiny_world / "model", adapt), CPU)[0])
+    assert {n.split(".lora_")[0].split(".")[-1] for n in names} == {"q_proj", "v_proj"}
+    unknown = AdaptConfig(lora=LoraConfig(target_modules=["wqkv"]))
+    with pytest.raises(UserError, match="none of .* is a linear layer"):
+        load_for_training(run_config(tiny_world / "model", unknown), CPU)
+
+
+def test_parts_that_a_text_model_lacks_are_refused(tiny_world: Path) -> None:
+    adapt = AdaptConfig(vision_tower="lora", projector="full")
+    with pytest.raises(UserError) as caught:
+        load_for_training(run_config(tiny_world / "model", adapt), CPU)
+    assert len(caught.value.problems) == 2
+
+
+def test_all_frozen_is_refused(tiny_world: Path) -> None:
+    with pytest.raises(UserError, match="everything is frozen"):
+        load_for_training(run_config(tiny_world / "model", AdaptConfig(language_model="frozen")), CPU)
+
+
+def test_gradient_after_evaluation_in_4_bit(tiny_world: Path) -> None:
+    """bitsandbytes on AVX512-BF16 loses the gradient after the first forward in eval mode, unless told not to."""
+    model, _ = load_for_training(run_config(tiny_world / "model", quantization="nf4"), CPU)
+    ids = torch.arange(5, 25).reshape(1, 20)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.train()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_trained_weights_come_back(tiny_world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    config = run_config(tiny_world / "model")
+    trained, _ = load_for_training(config, CPU)
+    with torch.no_grad():
+        for name, p in trained.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.full_like(p, 0.1) if "lora_B" in name else 0)
+    weights = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
+    save_file(weights, tmp_path / "trainable.safetensors")
+    loaded, _ = load_for_evaluation(config, tmp_path, CPU)
+    base, _ = load_for_evaluation(config, None, CPU)
+    ids = torch.arange(5, 25).reshape(1, 20)
+    trained.eval()
+    with torch.no_grad():
+        assert torch.equal(trained(input_ids=ids).logits, loaded(input_ids=ids).logits)
+        assert not torch.allclose(base(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-2)
+    save_file({"other": torch.zeros(1)}, tmp_path / "trainable.safetensors")
+    with pytest.raises(UserError, match="28 weights are missing .* 1 are unknown"):
+        load_trainable(loaded, tmp_path / "trainable.safetensors")
+
+
+def test_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_processor(ModelConfig(name_or_path=str(tmp_path / "missing")))
+
+
+def test_family_parts() -> None:
+    llava = FAMILIES["llava"]
+    assert llava.part_of("model.vision_tower.encoder.layers.0") == "vision_tower"
+    assert llava.part_of("model.language_model.layers.0") == "language_model"
+    assert llava.part_of("lm_head") == "head"
+    assert llava.part_of("model.image_newline") is None
+    assert TEXT.part_of("model.layers.0.mlp") == "language_model"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), torch.float16), ((8, 0), torch.bfloat16)])
+def test_precision_goes_by_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    # a V100 answers True to torch.cuda.is_bf16_supported(); only its capability tells
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert resolve_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+def test_what_a_v100_cannot_do_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmdist.model.precision import precision_problems
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100-SXM2-32GB")
+    asked = ModelConfig(
+        name_or_path="m", precision="bf16", attn_implementation="flash_attention_2", quantization="int8"
+    )
+    problems = precision_problems(asked, torch.device("cuda", 0))
+    assert len(problems) == 3
+    assert all("V100" in p for p in problems)

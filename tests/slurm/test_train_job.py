@@ -1,0 +1,133 @@
+"""slurm/train_llama3_receipts.sh as shipped, on a real Slurm over two nodes: to the end, and through a stop."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from testbed import SlurmTestbed
+from tiny_models import make_tiny_llama
+
+pytestmark = pytest.mark.slurm
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "slurm" / "train_llama3_receipts.sh"
+WORDS = {"МОЛ": "Молоко", "СОК": "Сок", "ХЛ": "Хлеб", "ЧАЙ": "Чай"}
+BRANDS = ("Lipton", "Добрый", "Простоквашино", "-")
+ENVIRONMENT = {"VLMDIST_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def receipts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny model (``model``) and shards (``train``, ``validation``, ``test``)."""
+    from vlmdist.data.shards import ShardWriter
+
+    folder = tmp_path_factory.mktemp("receipts")
+    draw = random.Random(0)
+    texts = []
+    for split, num_samples in (("train", 64), ("validation", 8), ("test", 8)):
+        with ShardWriter(folder / split, max_samples_per_shard=20) as shards:
+            for i in range(num_samples):
+                short, brand = draw.choice(list(WORDS)), draw.choice(BRANDS)
+                question = f"{short} {brand.upper()} {i} шт"
+                answer = f"{WORDS[short]} {brand}##{WORDS[short]}##{brand}##Продукты"
+                texts += [question, answer]
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                shards.write(f"{split}{i:04d}", turns)
+    make_tiny_llama(folder / "model", texts)
+    return folder
+
+
+def submit(slurm: SlurmTestbed, receipts: Path, out: Path, *overrides: str, tasks_per_node: int = 1) -> int:
+    """Submit the script from an empty folder; model and data by environment, the size of the run by overrides."""
+    cwd = out.parent / "submitted-from"
+    cwd.mkdir()
+    # of the node's 16 fake cores a rank asks for one: what the ranks really share is this machine's
+    options = ("--nodes=2", f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1")
+    settings = ("train.global_batch_size=8", "train.per_device_train_batch_size=2", "train.learning_rate=1e-2")
+    places = {"VLMDIST_MODEL": str(receipts / "model"), "VLMDIST_DATA": str(receipts), "VLMDIST_OUT": str(out)}
+    return slurm.sbatch(*options, SCRIPT, *settings, *overrides, cwd=cwd, env={**ENVIRONMENT, **places})
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def assert_audit_is_clean(run: Path) -> None:
+    from vlmdist.audit import audit_run, format_audit
+
+    facts = audit_run(run)
+    assert facts["clean"], format_audit(facts)
+
+
+def test_two_nodes_train_to_the_end_and_the_loss_falls(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(slurm, receipts, run, "train.num_train_epochs=2", "train.logging_steps=1", tasks_per_node=2)
+    assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
+    log = slurm.log(job)
+    assert "4 ranks on 2" in log
+    assert "restart 0" in log
+    steps = [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 17))  # two passes over 64 samples, 8 a step
+    assert sum(losses(run)[-4:]) < 0.8 * sum(losses(run)[:4])
+    assert rows(run / "steps.jsonl")[0]["world_size"] == 4
+    assert_audit_is_clean(run)
+
+
+@pytest.mark.parametrize("how", ["signal ahead of the limit", "scontrol requeue"])
+def test_stopped_job_comes_back_and_ends_as_if_undisturbed(
+    slurm: SlurmTestbed, receipts: Path, tmp_path: Path, how: str
+) -> None:
+    run = tmp_path / "run"
+    num_steps = 60
+    settings = (
+        f"train.max_steps={num_steps}",
+        "train.logging_steps=1",
+        "train.save_steps=5",
+        "train.num_train_epochs=99",
+    )
+    job = submit(slurm, receipts, run, *settings)
+    slurm.wait_until(lambda: len(losses(run)) >= 7, job, 120)
+    if how == "scontrol requeue":
+        slurm.run("scontrol", "requeue", str(job))
+    else:
+        slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
+
+    log = slurm.log(job)
+    assert slurm.facts(job)["Restarts"] == "1", log
+    assert "restart 0" in log
+    assert "restart 1" in log  # one log, both starts
+    if how != "scontrol requeue":
+        assert "checkpoint saved; requeued" in log
+    starts = [row for row in rows(run / "steps.jsonl") if row.get("start")]
+    assert len(starts) == 2
+    assert 5 <= starts[1]["resume_step"] < num_steps
+    assert rows(run / "steps.jsonl")[-1]["step"] == num_steps
+    assert_audit_is_clean(run)
+
+
+def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(
+    slurm: SlurmTestbed, receipts: Path, tmp_path: Path
+) -> None:
+    job = submit(slurm, receipts, tmp_path / "run", "train.learning_rat=1")
+    assert slurm.wait(job, 120) == "FAILED"
+    log = slurm.log(job)
+    assert "did you mean 'learning_rate'" in log
+    assert "Traceback" not in log
+    assert slurm.facts(job)["ExitCode"] == "2:0", log
+    assert slurm.facts(job)["Restarts"] == "0"
+
+
+def test_script_outside_slurm_says_what_to_do() -> None:
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(["bash", SCRIPT], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sbatch" in done.stderr
