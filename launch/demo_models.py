@@ -91,6 +91,8 @@ def build_smolvlm(weights: Path, models: Path, staging: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = language_model.get_input_embeddings().weight.data
+    embeddings[-1] = embeddings[:-1].mean(dim=0)  # tied to the output: an ordinary logit for a token never said
     vision_tower = read_dinov2(weights)
     config = LlavaConfig(
         vision_config=vision_tower.config,

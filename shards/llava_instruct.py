@@ -159,11 +159,8 @@ def _parquet_files(given: Sequence[str]) -> list[Path]:
 
 def split_of(file: Path) -> str | None:
     """train for train-00000-of-00020.parquet and for train/0000.parquet."""
-    for name in (file.name, file.parent.name):
-        first = name.replace("_", "-").replace(".", "-").split("-")[0]
-        if first in SPLITS:
-            return first
-    return None
+    first = file.name.replace("_", "-").replace(".", "-").split("-")[0]
+    return next((name for name in (first, file.parent.name) if name in SPLITS), None)
 
 
 def find_on_hub(name: str, forced_split: str | None) -> dict[str, Source]:

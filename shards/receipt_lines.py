@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         gold = read_gold(options.gold, corpus) if options.gold else []
         items = keep_off_gold(items, gold, corpus)
         if not items:
-            raise UserError(f"--source {options.source}: holds no usable row")
+            corpus.refuse_empty(f"--source {options.source}: holds no usable row")
         fractions = dict(zip(("train", "validation", "test"), options.fractions, strict=True))
         split_of_each = assign_splits([item.group for item in items], fractions, options.seed)
         for split, fraction in fractions.items():

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     ) as corpus:
         receipts = read_receipts(pairs, corpus)
         if not receipts:
-            raise UserError(f"--source {options.source}: no receipt could be read")
+            corpus.refuse_empty(f"--source {options.source}: no receipt could be read")
         name_repeats(receipts)
         names = [r.name for r in receipts]
         mended, leaks = move_leaks([r.split for r in receipts], [r.group for r in receipts], names=names)

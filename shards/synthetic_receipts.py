@@ -7,8 +7,7 @@
 Writes DIR/train, DIR/validation and DIR/test. The three never share a line (upper and lower case and spaces aside) or
 a picture. In the test split about half the lines are of a product and brand that never meet in the other two splits,
 and about a third of the pictures of a shop that is in no other split; "meta" of the sample says so. The test split
-depends on --seed and --test alone. The same options give the same tars (pictures: with the same
-Pillow).
+depends on --seed and --test alone. The same options give the same tars (pictures: with the same Pillow).
 """
 
 import sys

@@ -19,11 +19,15 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 VOCABULARY_SIZE = 512
 
 
-def make_tiny_llama(folder: str | os.PathLike[str], vocab_texts: Sequence[str], seed: int = 0) -> Path:
+def make_tiny_llama(
+    folder: str | os.PathLike[str], vocab_texts: Sequence[str], seed: int = 0, initializer_range: float = 0.02
+) -> Path:
     """Write a two-layer Llama with random weights, its tokenizer and a ChatML template; returns the folder.
 
     vocab_texts: what the byte-level BPE tokenizer is trained on; any other text still encodes, byte by byte.
-    The weights depend on ``seed`` and the vocabulary's size alone; about 0.2M parameters.
+    initializer_range: standard deviation of the weights. LoRA leaves the random output head as it is, which at 0.02 can
+    hardly tell tokens apart: 0.2 where a loss must fall. The weights depend on it, ``seed`` and the vocabulary's size
+    alone; about 0.1M parameters.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,6 +42,7 @@ def make_tiny_llama(folder: str | os.PathLike[str], vocab_texts: Sequence[str], 
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
+        initializer_range=initializer_range,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),

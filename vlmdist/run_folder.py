@@ -173,14 +173,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSON-lines file; a cut last line is left out, another broken line is a UserError with its number."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as f:
+    # bytes: the cut may lie inside a character
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError:
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     return
                 raise UserError(f"{path}: line {number} is not JSON") from None
             yield row

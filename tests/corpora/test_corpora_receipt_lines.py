@@ -83,7 +83,14 @@ def test_plain_columns_from_jsonl_and_csv_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_counted_and_named(tmp_path: Path) -> None:
-    bad = ["{broken", "[]", dialogue("x", "only##two"), dialogue("", "a##b##c"), '{"text": "x"}', dialogue("x", "a##b##c##d##e")]
+    bad = [
+        "{broken",
+        "[]",
+        dialogue("x", "only##two"),
+        dialogue("", "a##b##c"),
+        '{"text": "x"}',
+        dialogue("x", "a##b##c##d##e"),
+    ]
     source = write_source(tmp_path / "a.jsonl", many_rows(30) + bad)
     out = tmp_path / "out"
     assert call(SCRIPT, "--source", source, "--out", out, "--max-bad-share", 0.5) == 0

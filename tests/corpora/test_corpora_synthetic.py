@@ -10,7 +10,9 @@ from PIL import Image
 
 from vlmdist.data.index import Corpus
 
-LINE_PROMPT = "Expand abbreviations for products (receipt items), additionally highlight the product, brand and category: "
+LINE_PROMPT = (
+    "Expand abbreviations for products (receipt items), additionally highlight the product, brand and category: "
+)
 IMAGE_PROMPT = "Extract the company, date, address and total in json format. Respond with a valid JSON only."
 SCRIPT = "synthetic_receipts"
 
@@ -19,7 +21,18 @@ SCRIPT = "synthetic_receipts"
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lines")
     done = call_as_user(
-        f"shards/{SCRIPT}.py", folder, "--kind", "lines", "--out", "out", "--train", 3000, "--validation", 50, "--test", 150
+        f"shards/{SCRIPT}.py",
+        folder,
+        "--kind",
+        "lines",
+        "--out",
+        "out",
+        "--train",
+        3000,
+        "--validation",
+        50,
+        "--test",
+        150,
     )
     assert done.returncode == 0, done.stderr
     assert not [p.name for p in folder.iterdir() if p.name != "out"]  # no staging folder left

@@ -73,7 +73,7 @@ def test_one_two_and_three_ranks_write_the_same_bytes(run_file):
 
 def test_killed_and_gone_on_at_another_number_of_ranks(run_file):
     tree = yaml.safe_load(run_file.read_text())
-    tree["evaluate"].update(max_new_tokens=150, per_device_eval_batch_size=2)
+    tree["evaluate"].update(max_new_tokens=80, per_device_eval_batch_size=2)
     run_file.write_text(yaml.safe_dump(tree))
     killed, killed_folder = _with_output(run_file, "killed")
     whole, whole_folder = _with_output(run_file, "whole")

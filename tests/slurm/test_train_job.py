@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def receipts(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 texts += [question, answer]
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 shards.write(f"{split}{i:04d}", turns)
-    make_tiny_llama(folder / "model", texts)
+    make_tiny_llama(folder / "model", texts, initializer_range=0.2)
     return folder
 
 
@@ -65,16 +67,20 @@ def assert_audit_is_clean(run: Path) -> None:
     assert facts["clean"], format_audit(facts)
 
 
+@pytest.mark.timeout(600)  # the first run of all compiles DeepSpeed's CPU Adam
 def test_two_nodes_train_to_the_end_and_the_loss_falls(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = submit(slurm, receipts, run, "train.num_train_epochs=2", "train.logging_steps=1", tasks_per_node=2)
-    assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
+    settings = ["train.num_train_epochs=2", "train.logging_steps=1"]
+    if not shutil.which("c++"):
+        settings.append("train.deepspeed=zero2")  # CPU Adam, which the shipped zero2_offload needs, is compiled
+    job = submit(slurm, receipts, run, *settings, tasks_per_node=2)
+    assert slurm.wait(job, 540) == "COMPLETED", slurm.log(job)
     log = slurm.log(job)
     assert "4 ranks on 2" in log
     assert "restart 0" in log
     steps = [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, 17))  # two passes over 64 samples, 8 a step
-    assert sum(losses(run)[-4:]) < 0.8 * sum(losses(run)[:4])
+    assert sum(losses(run)[-4:]) < 0.5 * sum(losses(run)[:4])
     assert rows(run / "steps.jsonl")[0]["world_size"] == 4
     assert_audit_is_clean(run)
 
@@ -84,15 +90,10 @@ def test_stopped_job_comes_back_and_ends_as_if_undisturbed(
     slurm: SlurmTestbed, receipts: Path, tmp_path: Path, how: str
 ) -> None:
     run = tmp_path / "run"
-    num_steps = 60
-    settings = (
-        f"train.max_steps={num_steps}",
-        "train.logging_steps=1",
-        "train.save_steps=5",
-        "train.num_train_epochs=99",
-    )
+    num_steps, saved_every = 24, 3
+    settings = [f"train.max_steps={num_steps}", f"train.save_steps={saved_every}", "train.deepspeed=zero2"]
     job = submit(slurm, receipts, run, *settings)
-    slurm.wait_until(lambda: len(losses(run)) >= 7, job, 120)
+    slurm.wait_until(lambda: len(losses(run)) > saved_every + 1, job, 120)
     if how == "scontrol requeue":
         slurm.run("scontrol", "requeue", str(job))
     else:
@@ -107,7 +108,7 @@ def test_stopped_job_comes_back_and_ends_as_if_undisturbed(
         assert "checkpoint saved; requeued" in log
     starts = [row for row in rows(run / "steps.jsonl") if row.get("start")]
     assert len(starts) == 2
-    assert 5 <= starts[1]["resume_step"] < num_steps
+    assert saved_every <= starts[1]["resume_step"] < num_steps
     assert rows(run / "steps.jsonl")[-1]["step"] == num_steps
     assert_audit_is_clean(run)
 
@@ -125,8 +126,6 @@ def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(
 
 
 def test_script_outside_slurm_says_what_to_do() -> None:
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     done = subprocess.run(["bash", SCRIPT], env=env, capture_output=True, text=True)
     assert done.returncode == 2

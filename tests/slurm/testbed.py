@@ -171,7 +171,9 @@ class SlurmTestbed:
 
     def wait(self, job: int, timeout_s: float = 120) -> str:
         """Wait for the end of a job; returns its last state. TimeoutError with its log where it takes too long."""
-        self._until(lambda: self.state(job) in ENDED, timeout_s, lambda: f"{self.facts(job)}\n{self.log(job)}")
+        self._until(
+            lambda: self.state(job) in ENDED, timeout_s, lambda: f"{self.facts(job)}\n{self.log(job)}", every_s=0.5
+        )
         return self.state(job)
 
     def wait_until(self, condition: Callable[[], bool], job: int, timeout_s: float = 60) -> None:
@@ -184,7 +186,7 @@ class SlurmTestbed:
                 raise AssertionError(f"job {job} is {self.state(job)}\n{self.log(job)}")
             return False
 
-        self._until(happened, timeout_s, lambda: f"job {job} is {self.state(job)}\n{self.log(job)}")
+        self._until(happened, timeout_s, lambda: f"job {job} is {self.state(job)}\n{self.log(job)}", every_s=0.3)
 
     def log(self, job: int) -> str:
         file = Path(self.facts(job)["StdOut"])
@@ -259,12 +261,14 @@ class SlurmTestbed:
         return "\n".join(tails)
 
     @staticmethod
-    def _until(condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str]) -> None:
+    def _until(
+        condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str], every_s: float = 0.1
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {timeout_s:.0f} s: {complaint()}")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
 
 class SlurmError(Exception):

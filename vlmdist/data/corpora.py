@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vlmdist.data.shards import ShardWriter
 from vlmdist.errors import BadSample, RunFailed, UserError
@@ -117,9 +117,13 @@ class CorpusWriter:
             for split, writer in writers.items():
                 counts[split].update(samples=writer.num_samples, bytes=writer.num_bytes)
                 if not writer.num_samples:
-                    self._refuse_if_too_bad()
-                    raise UserError(f"{split}: the source has no usable sample for this split")
+                    self.refuse_empty(f"{split}: the source has no usable sample for this split")
         self._written.update(counts)
+
+    def refuse_empty(self, problem: str) -> NoReturn:
+        """Raise UserError: there is nothing to write; the unusable rows are the reason where there are any."""
+        self._refuse_if_too_bad()
+        raise UserError(problem)
 
     def _finish(self) -> None:
         self._refuse_if_too_bad()

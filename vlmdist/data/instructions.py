@@ -10,7 +10,6 @@ RECEIPT_LINE = (
     "Expand abbreviations for products (receipt items), additionally highlight the product, brand and category: "
 )
 LINE_SEPARATOR = "##"
-LINE_FIELDS = ("normalized", "product", "brand", "category")
 NONE = "-"  # an answer's field that the line does not name
 
 

@@ -1,7 +1,7 @@
 """Curves as inline SVG, drawn by matplotlib without pyplot and its global state.
 
-Colours are written as CSS variables, so that the page's dark mode holds for the curves too; what the page's script needs
-for reading values off a curve comes along as plain numbers.
+Colours are written as CSS variables, so that the page's dark mode holds for the curves too; what the page's script
+needs for reading values off a curve comes along as plain numbers.
 """
 
 import io
@@ -56,16 +56,17 @@ def draw_curve(
     series: Sequence[Series],
     marks: Sequence[tuple[int, int]] = (),
     shapes: Sequence[str] = ("small",),
+    salt: str = "",
 ) -> Curve | None:
     """Draw one curve; None where no series has a finite value.
 
-    marks: (step, ranks) of restarts. shapes: of "small", "wide".
+    marks: (step, ranks) of restarts. shapes: of "small", "wide". salt: keeps the ids of equal curves on a page apart.
     """
     drawn = [s for s in series if any(map(math.isfinite, s.values))]
     if not drawn:
         return None
     sizes = {"small": (4.6, 2.3), "wide": (10.4, 3.1)}
-    plots = {shape: _draw(drawn, marks, sizes[shape], f"{title}-{shape}") for shape in shapes}
+    plots = {shape: _draw(drawn, marks, sizes[shape], f"{salt}-{title}-{shape}") for shape in shapes}
     return Curve(title, unit, drawn, plots)
 
 
@@ -109,7 +110,7 @@ def _draw(series: Sequence[Series], marks: Sequence[tuple[int, int]], size: tupl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "font.family": "sans-serif"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         canvas = FigureCanvasSVG(figure)

@@ -109,7 +109,7 @@ class RunFacts:
 def read_run(run: RunFolder) -> RunFacts:
     """Read everything the page shows. UserError where run.yaml is no run file at all."""
     notes: list[str] = []
-    rows = [row for row in _rows(run.metrics_file, notes) if is_number(row.get("step"))]
+    rows = [row for row in _rows(run.metrics_file, notes) if math.isfinite(number(row.get("step")))]
     bad, num_bad = _bad_samples(run.bad_samples_file, notes)
     return RunFacts(
         run=run,

@@ -1,4 +1,4 @@
-"""Answers to look at: the worst of the newest evaluation and a fair share of the rest, beside truth, question and image."""
+"""Answers to look at: the worst of the newest evaluation and a fair share of the rest, with truth and image."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from vlmdist.data.index import Corpus
 from vlmdist.errors import BadSample, UserError
 from vlmdist.evaluate.metrics import METRICS, FieldScore, UnreadableTruth
 from vlmdist.report.facts import Evaluation, Row, RunFacts, number, parse_row, read_lines
-from vlmdist.report.shown_text import ShownText, shorten, show, show_difference, visible
+from vlmdist.report.shown_text import ShownText, shorten, show_difference, visible
 from vlmdist.sample import Sample
 
 SHARE_OF_WORST = 0.6
@@ -40,7 +40,10 @@ class FieldRow:
 class Card:
     """One sample as the gallery shows it."""
 
+    key: str
+    """As in the corpus."""
     id: str
+    """The key as it is shown."""
     place: int
     """Its row in predictions.jsonl."""
     score: float | None
@@ -81,7 +84,7 @@ class Gallery:
 
 
 def make_gallery(facts: RunFacts, max_samples: int, max_image_bytes: int) -> Gallery | None:
-    """The gallery of the newest evaluation of a trained model (of the base where there is no other); None without one."""
+    """The gallery of the newest evaluation, of a trained model rather than of the base; None without one."""
     with_answers = [e for e in facts.evaluations if e.predictions_file.is_file()]
     if not with_answers:
         return None
@@ -134,7 +137,7 @@ def _rows_of(evaluation: Evaluation, ids: set[str]) -> dict[str, Row]:
 def _card(place: int, row: Row, base_row: Row | None, metric: str) -> Card:
     truth, prediction = _text(row, "truth"), _text(row, "prediction")
     shown_truth, shown_prediction = show_difference(truth, prediction, _MAX_TEXT)
-    card = Card(shorten(_id(row), 120), place, _score(row), shown_truth, shown_prediction)
+    card = Card(_id(row), shorten(_id(row), 120), place, _score(row), shown_truth, shown_prediction)
     if row.get("error"):
         card.error = shorten(row["error"], 500)
     base_answer = None
@@ -218,8 +221,8 @@ def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
 
 def _read_sample(corpus: Corpus, card: Card) -> Sample | None:
     place: int | None = card.place  # predictions.jsonl is in the order of the corpus
-    if card.place >= len(corpus) or corpus.key(card.place) != card.id:
-        place = corpus.find(card.id) if len(corpus) <= _MAX_KEYS_SEARCHED else None
+    if card.place >= len(corpus) or corpus.key(card.place) != card.key:
+        place = corpus.find(card.key) if len(corpus) <= _MAX_KEYS_SEARCHED else None
     try:
         return None if place is None else corpus.read(place)
     except BadSample:

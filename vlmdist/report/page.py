@@ -60,7 +60,8 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
             problems.append(f"{e.filename or run.path}: can't be read: {e.strerror or e}")
     if problems or out is None:
         raise UserError(problems or ["give at least one run folder"])
-    page = render_page(facts)
+    # a stray half of a surrogate pair has no UTF-8 form
+    page = render_page(facts).encode("utf-8", "replace").decode("utf-8")
     try:
         replace_file_text(out, page)
     except OSError as e:
@@ -71,7 +72,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def render_page(runs: Sequence[RunFacts]) -> str:
     """The whole page as text, below MAX_PAGE_BYTES."""
     names = _names(runs)
-    curves = [(_loss_curve(facts), _other_curves(facts)) for facts in runs]
+    curves = [(_loss_curve(facts, f"run-{i}"), _other_curves(facts, f"run-{i}")) for i, facts in enumerate(runs)]
     page = ""
     for num_samples, num_image_bytes in _ATTEMPTS:
         views = [
@@ -79,7 +80,7 @@ def render_page(runs: Sequence[RunFacts]) -> str:
             for i, facts in enumerate(runs)
         ]
         page = _fill_template(views)
-        if len(page.encode("utf-8")) < MAX_PAGE_BYTES:
+        if len(page.encode("utf-8", "replace")) < MAX_PAGE_BYTES:
             break
     return page
 
@@ -123,35 +124,27 @@ def _series(rows: Sequence[Row], key: str, label: str, **look: Any) -> Series:
     return Series(label, [number(r["step"]) for r in rows], [number(r.get(key)) for r in rows], **look)
 
 
-def _loss_curve(facts: RunFacts) -> Curve | None:
+def _loss_curve(facts: RunFacts, anchor: str) -> Curve | None:
     train, validation = facts.latest_rows(facts.train_rows), facts.latest_rows(facts.validation_rows)
     series = [
         _series(train, "loss", "training loss", smooth=True),
         _series(validation, "validation_loss", "validation loss", colour=1, dots=True),
     ]
-    return draw_curve("Loss", "nats per token in the loss", series, facts.restart_marks(), ("wide", "small"))
+    shapes = ("wide", "small")
+    return draw_curve("Loss", "nats per token in the loss", series, facts.restart_marks(), shapes, anchor)
 
 
-def _other_curves(facts: RunFacts) -> list[Curve]:
-    rows, marks = facts.latest_rows(facts.train_rows), facts.restart_marks()
-    waits = [100 * number(r.get("data_wait_seconds")) / (number(r.get("step_seconds")) or math.nan) for r in rows]
+def _other_curves(facts: RunFacts, anchor: str) -> list[Curve]:
+    rows = facts.latest_rows(facts.train_rows)
     steps = [number(r["step"]) for r in rows]
-    drawn = [
-        draw_curve("Learning rate", "", [_series(rows, "learning_rate", "learning rate", colour=2)], marks),
-        draw_curve(
-            "Gradient norm",
-            "before clipping",
-            [_series(rows, "grad_norm", "gradient norm", colour=3, smooth=True)],
-            marks,
-        ),
-        draw_curve(
-            "Throughput",
-            "tokens per second",
-            [_series(rows, "tokens_per_second", "tokens/s", colour=4, smooth=True)],
-            marks,
-        ),
-        draw_curve("Waiting for data", "% of the step", [Series("data wait %", steps, waits, 5, smooth=True)], marks),
+    waits = [100 * number(r.get("data_wait_seconds")) / (number(r.get("step_seconds")) or math.nan) for r in rows]
+    wanted = [
+        ("Learning rate", "", _series(rows, "learning_rate", "learning rate", colour=2)),
+        ("Gradient norm", "before clipping", _series(rows, "grad_norm", "gradient norm", colour=3, smooth=True)),
+        ("Throughput", "tokens per second", _series(rows, "tokens_per_second", "tokens/s", colour=4, smooth=True)),
+        ("Waiting for data", "% of the step", Series("data wait, %", steps, waits, colour=5, smooth=True)),
     ]
+    drawn = [draw_curve(title, unit, [s], facts.restart_marks(), salt=anchor) for title, unit, s in wanted]
     return [curve for curve in drawn if curve is not None]
 
 

@@ -14,6 +14,7 @@ from rapidfuzz.distance import Indel
 
 _WORDS = re.compile(r"\w+|\s+|[^\w\s]")
 _MIN_LIKENESS = 0.5  # below it, single common characters are chance and would only be noise
+_MAX_STRETCHES = 120
 _MAX_LETTERS = 300  # of a stretch that is compared by characters
 
 # Control characters, direction overrides, half surrogate pairs and noncharacters: nothing a reader could see.
@@ -37,19 +38,14 @@ class ShownText:
 
 
 def visible(text: Any) -> str:
-    """The text with characters that can't be seen written out: ␀ for controls, ⟨U+202E⟩ for others."""
-    return _INVISIBLE.sub(lambda m: _sign(ord(m[0])), text if isinstance(text, str) else str(text))
+    """The text with characters that can't be seen written out, such as ⟨U+202E⟩."""
+    return _INVISIBLE.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text if isinstance(text, str) else str(text))
 
 
 def shorten(text: Any, limit: int) -> str:
     """Visible text of at most ``limit`` characters and an ellipsis."""
     text = text if isinstance(text, str) else str(text)
     return visible(text[:limit]) + ("…" if len(text) > limit else "")
-
-
-def show(text: str, limit: int) -> ShownText:
-    """The text without marks."""
-    return ShownText([Piece(visible(text[:limit]), False)], len(text) if len(text) > limit else None)
 
 
 def show_difference(truth: str, prediction: str, limit: int) -> tuple[ShownText, ShownText]:
@@ -78,13 +74,18 @@ def difference(a: str, b: str) -> tuple[list[Piece], list[Piece]]:
 
 
 def _stretches(a: Sequence[str], b: Sequence[str]) -> list[tuple[Sequence[str], Sequence[str], bool]]:
-    """Both sequences cut into stretches that are the same and stretches that are not."""
-    found = []
+    """Both sequences cut into stretches that are the same and stretches that are not.
+
+    After _MAX_STRETCHES the rest counts as different: nobody reads such a patchwork, and it would fill the page.
+    """
+    found: list[tuple[Sequence[str], Sequence[str], bool]] = []
+    end_a = end_b = 0
     for is_same, group in groupby(Indel.opcodes(a, b), key=lambda op: op.tag == "equal"):
-        ops = list(group)
-        first, last = ops[0], ops[-1]
-        stretch_a = a[first.src_start : last.src_end]
-        found.append((stretch_a, b[first.dest_start : last.dest_end], is_same))
+        if len(found) == _MAX_STRETCHES:
+            return [*found, (a[end_a:], b[end_b:], False)]
+        *_, last = group
+        found.append((a[end_a : last.src_end], b[end_b : last.dest_end], is_same))
+        end_a, end_b = last.src_end, last.dest_end
     return found
 
 
@@ -97,9 +98,3 @@ def _are_alike(a: str, b: str) -> bool:
 def _joined(pieces: list[Piece]) -> list[Piece]:
     groups = groupby((p for p in pieces if p.text), key=lambda p: p.differs)
     return [Piece("".join(p.text for p in group), differs) for differs, group in groups]
-
-
-def _sign(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"⟨U+{code:04X}⟩"

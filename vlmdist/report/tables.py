@@ -1,6 +1,7 @@
 """Tables and figures of the page, computed from what ``facts`` has read."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -186,8 +187,8 @@ def starts_table(facts: RunFacts) -> list[dict[str, str]]:
     same = len(facts.starts) == len(facts.start_rows)
     table = []
     for i, start in enumerate(facts.starts):
-        devices = start.get("devices") if isinstance(start.get("devices"), list) else [start.get("devices", "?")]
-        counted = {str(d): devices.count(d) for d in devices}
+        devices = start.get("devices")
+        counted = Counter(map(str, devices if isinstance(devices, list) else [devices]))
         table.append(
             {
                 "time": shorten(str(start.get("time", "?")).replace("T", " "), 40),
@@ -265,6 +266,10 @@ def _last_parts(path: Any) -> str:
     """The last folder of a path with the one above where that says more (sroie/train)."""
     parts = [p for p in str(path).split("/") if p not in ("", ".")]
     return "/".join(parts[-2:]) if parts else "?"
+
+
+def _dicts(value: Any) -> list[Row]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _part(scores: Row, name: str) -> Row:
