@@ -6,24 +6,26 @@
 #   bash launch/demo.sh --images             receipt images to company, date, address, total
 #   bash launch/demo.sh --all                both
 #   bash launch/demo.sh --fresh              in a new run folder; else what an earlier start has finished is not done again
-#   bash launch/demo.sh train.max_steps=20   section.field=value of launch/runs/demo.yaml
+#   bash launch/demo.sh train.max_steps=20   section.field=value of launch/runs/demo.yaml; output_dir=DIR is the run folder
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$VLMDIST_HOME"
 
-parts=(lines) fresh='' overrides=()
+parts=(lines) fresh='' overrides=() output_dir=''
 for argument in "$@"; do
     case "$argument" in
     --images) parts=(images) ;;
     --all) parts=(lines images) ;;
     --fresh) fresh=1 ;;
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    output_dir=?*) output_dir="${argument#*=}" ;;
     -*) die "unknown option $argument; there are --images, --all, --fresh" ;;
     *.*=*) overrides+=("$argument") ;;
     *) die "unknown argument $argument; an override is section.field=value" ;;
     esac
 done
+[[ -z $output_dir || ${#parts[@]} == 1 ]] || die "output_dir is one run folder; leave it out with --all, which makes two"
 
 declare -A run_file=([lines]=launch/runs/demo.yaml [images]=launch/runs/demo_images.yaml)
 declare -A run_name=([lines]=demo [images]=demo-images)
@@ -40,7 +42,7 @@ main() {
 run_part() { # lines or images
     local part="$1"
     local run args
-    run="$(run_folder "runs/${run_name[$part]}")"
+    run="$(run_folder "${output_dir:-runs/${run_name[$part]}}")"
     args=("${run_file[$part]}" "output_dir=$run" "${overrides[@]}")
     mkdir -p "$run"
     seconds_file="$run/demo_seconds.tsv"

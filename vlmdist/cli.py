@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 failed; 2 wrong use or wrong input; 85 stopped on request 
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -39,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StopRequested as e:
         _say([str(e)])
         return e.exit_code
-    except BrokenPipeError:  # `vlmdist inspect ... | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        return 0
+    except OSError as e:
+        if e.errno == errno.EPIPE:  # `vlmdist inspect ... | head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+            return 0
+        _say([f"failed: {e.filename or 'the system'}: {e.strerror or e}"], every_rank=True)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -136,17 +136,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify_manifest(folder: Path) -> str | None:
     """None where every file of the manifest is there with its size and checksum, else what is wrong."""
     try:
-        files = read_manifest(folder)["files"]
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in read_manifest(folder)["files"].items()}
     except FileNotFoundError:
         return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"{MANIFEST} can't be read ({type(e).__name__})"
-    for name, facts in files.items():
+    for name, (num_bytes, sha256) in files.items():
         file = folder / name
         try:
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-            if _sha256(file) != facts["sha256"]:
+            if file.stat().st_size != num_bytes:
+                return f"{name} has {file.stat().st_size} bytes instead of {num_bytes}"
+            if _sha256(file) != sha256:
                 return f"{name} is changed (its checksum differs)"
         except OSError as e:
             return f"{name}: {e.strerror or e}"

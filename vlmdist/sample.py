@@ -131,9 +131,7 @@ def _parse_part(part: Any, position: int, num_images: int) -> TextPart | ImagePa
         try:
             part["text"].encode("utf-8")
         except UnicodeEncodeError:
-            raise BadSample(
-                f"the text of message {position} has half a surrogate pair: no Unicode text"
-            ) from None
+            raise BadSample(f"the text of message {position} has half a surrogate pair: no Unicode text") from None
         return TextPart(part["text"])
     if kind == "image":
         index = part.get("index", 0)
@@ -141,7 +139,8 @@ def _parse_part(part: Any, position: int, num_images: int) -> TextPart | ImagePa
             index = 0
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_images:
             raise BadSample(
-                f"image tag without image: message {position} asks for image {str(index)[:20]}, the sample has {num_images}"
+                f"image tag without image: message {position} asks for image {str(index)[:20]}, "
+                f"the sample has {num_images}"
             )
         return ImagePart(index)
     raise BadSample(f"message {position} has a part of unknown type {str(kind)[:40]!r}; known: text, image")

@@ -158,3 +158,30 @@ def test_what_a_v100_cannot_do_is_told_at_once(monkeypatch: pytest.MonkeyPatch) 
     problems = precision_problems(asked, torch.device("cuda", 0))
     assert len(problems) == 3
     assert all("V100" in p for p in problems)
+
+
+def test_size_from_the_configuration_alone_equals_the_loaded_model(tiny_llava: Path) -> None:
+    from transformers import AutoConfig
+
+    from vlmdist.model.memory import model_on_meta, weight_bytes
+
+    for quantization in ("none", "nf4"):
+        config = run_config(tiny_llava, quantization=quantization)
+        model, family = load_for_training(config, CPU)
+        frozen = [p for n, p in model.named_parameters() if "lora_" not in n]
+        held = sum(p.numel() * p.element_size() for p in frozen)
+        empty = model_on_meta(AutoConfig.from_pretrained(tiny_llava), family)
+        assert all(p.device.type == "meta" for p in empty.parameters())
+        told = weight_bytes(empty, config.model, family, torch.bfloat16)
+        # the block scales of NF4 lie beside the weights; on layers this small they round up
+        assert told == pytest.approx(held, rel=0.03), quantization
+
+
+def test_a_model_too_large_for_the_device_is_refused_before_it_is_loaded(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vlmdist.model.memory as memory
+
+    monkeypatch.setattr(memory, "_device_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"take 0\.0 GB on each rank.*use quantization: nf4"):
+        load_for_training(run_config(tiny_llava), CPU)

@@ -113,6 +113,19 @@ def test_stopped_job_comes_back_and_ends_as_if_undisturbed(
     assert_audit_is_clean(run)
 
 
+def test_two_nodes_evaluate(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
+    arguments = (f"model.name_or_path={receipts / 'model'}", f"data.test={receipts / 'test'}", f"output_dir={tmp_path}")
+    arguments += ("evaluate.per_device_eval_batch_size=2", "evaluate.max_new_tokens=8")
+    options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+    script, run_file = REPOSITORY / "slurm" / "evaluate.sh", REPOSITORY / "launch" / "runs" / "llama3_receipts.yaml"
+    job = slurm.sbatch(*options, script, run_file, "--base", *arguments, cwd=tmp_path, env=ENVIRONMENT)
+    assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
+    assert json.loads((tmp_path / "eval" / "base" / "scores.json").read_text())["num_samples"] == 8
+    assert len(rows(tmp_path / "eval" / "base" / "predictions.jsonl")) == 8
+    timing = json.loads((tmp_path / "eval" / "base" / "timing.json").read_text())
+    assert [rank["samples"] for rank in timing["ranks"]] == [4, 4]
+
+
 def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(
     slurm: SlurmTestbed, receipts: Path, tmp_path: Path
 ) -> None:

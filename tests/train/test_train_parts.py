@@ -128,12 +128,12 @@ def test_too_many_bad_samples_end_the_run_with_their_list(image_world: Path, tmp
 
 
 def test_too_long_samples_are_dropped_or_refused_never_cut(tiny_world: Path, tmp_path: Path) -> None:
-    tree = tiny_run(tiny_world, tmp_path / "drop", data={"max_length": 80, "max_bad_fraction": 1.0})
+    tree = tiny_run(tiny_world, tmp_path / "drop", data={"max_length": 40, "max_bad_fraction": 1.0})
     run_vlmdist(2, "train", write_run(tree, tmp_path / "drop.yaml"))
     bad = list(read_jsonl(tmp_path / "drop" / "bad_samples.jsonl"))
     assert bad
-    assert all("data.max_length allows 80" in b["why"] for b in bad)
-    tree = tiny_run(tiny_world, tmp_path / "refuse", data={"max_length": 80, "too_long": "refuse"})
+    assert all("data.max_length allows 40" in b["why"] for b in bad)
+    tree = tiny_run(tiny_world, tmp_path / "refuse", data={"max_length": 40, "too_long": "refuse"})
     done = run_vlmdist(1, "train", write_run(tree, tmp_path / "refuse.yaml"), expect=1)
     assert "data.too_long: refuse" in done.stderr
 

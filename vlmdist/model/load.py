@@ -10,6 +10,7 @@ from vlmdist.config import ModelConfig, RunConfig
 from vlmdist.errors import UserError
 from vlmdist.model.adapters import adapt, load_trainable
 from vlmdist.model.families import Family, family_of
+from vlmdist.model.memory import memory_problem
 from vlmdist.model.precision import precision_problems, resolve_dtype
 from vlmdist.run_folder import TRAINABLE_WEIGHTS
 
@@ -18,7 +19,7 @@ def load_processor(config: ModelConfig) -> Any:
     """The model's processor, or its tokenizer where it takes text only. UserError where it can't be had."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    family = family_of(_model_type(config))
+    family = family_of(_transformers_config(config).model_type)
     source = AutoProcessor if family.sees else AutoTokenizer
     return _from_pretrained(source, config)
 
@@ -52,9 +53,11 @@ def _load_base(config: ModelConfig, device: torch.device) -> tuple[Any, Family]:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     problems = precision_problems(config, device)
-    if problems:
-        raise UserError(problems)
-    family = family_of(_model_type(config))
+    transformers_config = _transformers_config(config)
+    family = family_of(transformers_config.model_type)
+    too_large = memory_problem(config, transformers_config, family, device)
+    if problems or too_large:
+        raise UserError([*problems, *([too_large] if too_large else [])])
     dtype = resolve_dtype(config.precision, device)
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -96,10 +99,10 @@ def _keep_gradients_through_4bit_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _model_type(config: ModelConfig) -> str:
+def _transformers_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    return str(_from_pretrained(AutoConfig, config).model_type)
+    return _from_pretrained(AutoConfig, config)
 
 
 def _from_pretrained(source: Any, config: ModelConfig, **options: Any) -> Any:
