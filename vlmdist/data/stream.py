@@ -44,6 +44,10 @@ class Mixture:
         sizes = [len(c) for c in self.corpora]
         return mixture_epoch(sizes, self.weights, self.seed, epoch, self.shuffle_block_size)
 
+    def num_steps(self, global_batch_size: int, num_epochs: float) -> int:
+        """Optimizer steps of so many epochs; the last step of an epoch may be shorter."""
+        return num_steps(self.epoch_length(0), global_batch_size, num_epochs)
+
     def epoch_length(self, epoch: int) -> int:
         return mixture_length([len(c) for c in self.corpora], self.weights, epoch)
 
@@ -73,8 +77,7 @@ class TrainStream:
         world_size: int,
         global_batch_size: int,
         micro_batch_size: int,
-        num_epochs: float,
-        max_steps: int | None,
+        total_steps: int,
         num_workers: int,
         needs_image: bool,
     ):
@@ -84,9 +87,8 @@ class TrainStream:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
+        self.total_steps = total_steps
         self.epoch_length = mixture.epoch_length(0)
-        steps = num_steps(self.epoch_length, global_batch_size, num_epochs)
-        self.total_steps = max_steps if max_steps is not None else steps
         self._dataset = _MicroBatches(mixture.corpora, prompter, needs_image)
 
     def steps(self, cursor: Cursor, steps_done: int) -> Iterator[Step]:

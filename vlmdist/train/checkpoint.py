@@ -89,8 +89,8 @@ def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
     return out
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None) -> TrainState:
-    """Put weights, optimizer and scaler of a verified checkpoint into the engine (all ranks); where the run was."""
+def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None) -> None:
+    """Put weights, optimizer and scaler of a verified checkpoint into the engine (all ranks)."""
     folder, tag = (checkpoint, _DEEPSPEED_TAG) if universal is None else (universal, _UNIVERSAL_TAG)
     loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
     if loaded is None:
@@ -98,7 +98,6 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None) -> Tr
     barrier()
     if universal is not None and int(os.environ["RANK"]) == 0:
         shutil.rmtree(universal, ignore_errors=True)
-    return TrainState.read(checkpoint)
 
 
 def refuse_other_data(checkpoint: Path, fingerprints: list[str]) -> None:

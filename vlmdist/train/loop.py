@@ -19,12 +19,13 @@ from vlmdist.distributed import gather_objects, gather_tensors, init_world, shut
 from vlmdist.errors import RunFailed, StopRequested
 from vlmdist.run_folder import append_jsonl
 from vlmdist.train.checkpoint import save_checkpoint
+from vlmdist.train.inputs import check_inputs, open_run_folder
 from vlmdist.train.loss import token_loss_sum
 from vlmdist.train.metrics import MetricsWriter, log, start_logging
 from vlmdist.train.optim import learning_rate
 from vlmdist.train.progress import Progress
 from vlmdist.train.signals import StopSignal
-from vlmdist.train.start import Training, open_run_folder, prepare
+from vlmdist.train.start import Training, prepare
 
 
 def train(config: RunConfig) -> None:
@@ -37,11 +38,11 @@ def train(config: RunConfig) -> None:
         with StopSignal() as stop:
             run = open_run_folder(config, world)
             start_logging(run, world.is_main)
-            training = prepare(config, world, run)
-            if training.state.step >= training.stream.total_steps:
-                log.info("nothing to do: all %d steps of %s are done", training.stream.total_steps, run.path)
+            inputs = check_inputs(config, world, run)
+            if inputs.state.step >= inputs.total_steps:
+                log.info("nothing to do: all %d steps of %s are done", inputs.total_steps, run.path)
                 return
-            _run_steps(training, stop)
+            _run_steps(prepare(config, world, run, inputs), stop)
     finally:
         shutdown()
 
@@ -106,7 +107,6 @@ class _Exchanged:
 
     loss_tokens: int
     tokens: int
-    num_bad: int
     stop: bool
     samples: list[tuple[int, int]]
     """(corpus, sample) as really loaded, over all ranks."""
@@ -132,7 +132,7 @@ def _exchange(micro_batches: list[MicroBatch], stop_received: bool) -> _Exchange
     samples = [(c, s) for c, s in gathered.tolist() if c >= 0]
     loss_tokens, tokens, num_bad, stop, _ = sums.sum(dim=0).tolist()
     all_bad = [row for rows in gather_objects(bad) for row in rows] if num_bad else []
-    return _Exchanged(loss_tokens, tokens, num_bad, stop > 0, samples, all_bad)
+    return _Exchanged(loss_tokens, tokens, stop > 0, samples, all_bad)
 
 
 def _take_step(t: Training, step: Step, loss_tokens: int, rate: float) -> tuple[torch.Tensor, bool]:

@@ -1,9 +1,5 @@
-"""Everything before the first step: corpora, model, DeepSpeed engine, where to go on.
+"""From checked inputs to a running engine: processor, model, adapters, optimizer, DeepSpeed, checkpoint."""
 
-Wrong input is found here, before a model is loaded where that is possible, and told all at once.
-"""
-
-import fcntl
 import json
 import os
 import platform
@@ -11,31 +7,28 @@ import random
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
-from vlmdist.config import RunConfig, dump_run, load_run
+from vlmdist.config import RunConfig, dump_run
 from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
-from vlmdist.data.stream import Mixture, TrainStream
+from vlmdist.data.stream import TrainStream
 from vlmdist.data.templates import find_template
-from vlmdist.distributed import World, barrier, gather_objects
-from vlmdist.errors import UserError
+from vlmdist.distributed import World, barrier
 from vlmdist.model.adapters import trains_vision
 from vlmdist.model.load import load_for_training, load_processor
-from vlmdist.model.precision import precision_problems, resolve_dtype
-from vlmdist.run_folder import RunFolder, append_jsonl, mend_jsonl
-from vlmdist.train.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_data, universal_if_needed
-from vlmdist.train.ds_config import load_ds_config, offloads_optimizer
+from vlmdist.run_folder import RunFolder, append_jsonl
+from vlmdist.train.checkpoint import load_checkpoint, universal_if_needed
+from vlmdist.train.ds_config import offloads_optimizer
 from vlmdist.train.gradients import GradientWatch
+from vlmdist.train.inputs import Inputs
 from vlmdist.train.metrics import log
 from vlmdist.train.optim import make_optimizer
-from vlmdist.train.state import TrainState, differences
+from vlmdist.train.state import TrainState
 
-_HELD_LOCKS: list[TextIO] = []
 _PACKAGES = ("vlmdist", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -62,139 +55,55 @@ class Training:
         return [c.fingerprint for c in self.corpora]
 
 
-def open_run_folder(config: RunConfig, world: World) -> RunFolder:
-    """Make the run folder (rank 0) and be sure that it can be written (all ranks)."""
-    run = RunFolder(Path(config.output_dir).expanduser())
-    problem = None
-    if world.is_main:
-        try:
-            run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
-            _lock(run)
-            for file in (run.log_file, run.steps_file, run.bad_samples_file):
-                mend_jsonl(file)
-                with open(file, "a", encoding="utf-8"):
-                    pass
-        except BlockingIOError:
-            problem = f"output_dir: another run is writing {run.path}; wait for it, or give another output_dir"
-        except OSError as e:
-            problem = f"output_dir: {e.filename or run.path} can't be written: {e.strerror}; give another output_dir"
-    problem = gather_objects(problem)[0]
-    if problem:
-        raise UserError(problem)
-    return run
-
-
-def _lock(run: RunFolder) -> None:
-    """Keep other runs out of the folder for as long as this process lives (BlockingIOError where one is in it)."""
-    handle = open(run.lock_file, "w")  # noqa: SIM115 - the lock goes with the file, so it stays open
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    _HELD_LOCKS.append(handle)
-
-
-def prepare(config: RunConfig, world: World, run: RunFolder) -> Training:
-    """Check the input, load the model, build the engine, resume from the newest whole checkpoint (all ranks)."""
+def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> Training:
+    """Load the model, build the engine, go on from the checkpoint if there is one (all ranks)."""
     _seed(config.seed)
-    corpora, validation, ds_config = _check_input(config, world)
-    checkpoint, skipped = newest_checkpoint(run, world)
-    for reason in skipped:
-        log.warning("checkpoint passed over: %s", reason)
-    if checkpoint is not None:
-        _refuse_other_run(checkpoint, config, [c.fingerprint for c in corpora])
-
     template = find_template(config.prompt.template)
     prompter = Prompter(load_processor(config.model), template, config.prompt.train_on, config.data.max_length)
     if config.prompt.train_on == "assistant":
         prompter.prove()
     log.info("loading %s (%s)", config.model.name_or_path, config.model.quantization)
     model, family = load_for_training(config, world.device)
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
     _log_sizes(model)
-    optimizer = make_optimizer(trainable, config.train, offload=offloads_optimizer(ds_config), device=world.device)
-    universal = universal_if_needed(checkpoint, world) if checkpoint is not None else None
-    if universal is not None:
-        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
-    engine = _start_engine(model, optimizer, ds_config)
-    state = load_checkpoint(engine, checkpoint, universal) if checkpoint is not None else TrainState()
-    if checkpoint is not None:
-        log.info("going on from %s (epoch %d, %d samples taken)", checkpoint, state.cursor.epoch, state.cursor.taken)
-
-    state.global_batch_size = _global_batch_size(config, world, state)
-    mixture = Mixture(corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size)
+    engine = _start_engine(model, config, world, inputs)
     stream = TrainStream(
-        mixture,
+        inputs.mixture,
         prompter,
         rank=world.rank,
         world_size=world.size,
-        global_batch_size=state.global_batch_size,
+        global_batch_size=inputs.state.global_batch_size,
         micro_batch_size=config.train.per_device_train_batch_size,
-        num_epochs=config.train.num_train_epochs,
-        max_steps=config.train.max_steps,
+        total_steps=inputs.total_steps,
         num_workers=config.data.num_workers,
         needs_image=trains_vision(config.adapt, family),
     )
-    training = Training(config, world, run, engine, prompter, stream, validation, state, GradientWatch(engine.module))
+    watch = GradientWatch(engine.module)
+    training = Training(config, world, run, engine, prompter, stream, inputs.validation, inputs.state, watch)
     if world.is_main:
         _write_start(training)
     barrier()
     return training
 
 
-def _check_input(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus | None, dict[str, Any]]:
-    """Open the corpora and fill the DeepSpeed JSON; UserError with all that is wrong, before a model is loaded."""
-    problems = precision_problems(config.model, world.device)
-    corpora: list[Corpus] = []
-    validation: Corpus | None = None
-    ds_config: dict[str, Any] = {}
-    for place in config.data.train:
-        try:
-            corpora.append(Corpus.open(Path(place.shards).expanduser()))
-        except UserError as e:
-            problems += [f"data.train: {p}" for p in e.problems]
-    try:
-        if config.data.validation is not None:
-            validation = Corpus.open(Path(config.data.validation).expanduser())
-    except UserError as e:
-        problems += [f"data.validation: {p}" for p in e.problems]
-    try:
-        find_template(config.prompt.template)
-    except UserError as e:
-        problems += e.problems
-    try:
-        ds_config = load_ds_config(config, world.size, resolve_dtype(config.model.precision, world.device))
-    except UserError as e:
-        problems += e.problems
-    problems += [f"data.train: {c.folder} holds no sample" for c in corpora if len(c) == 0]
-    if problems:
-        raise UserError(problems)
-    return corpora, validation, ds_config
-
-
-def _refuse_other_run(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> None:
-    changed = differences(load_run(checkpoint / "run.yaml"), config)
-    if changed:
-        raise UserError(
-            [*changed, f"give another output_dir for a new run, or put these back to go on from {checkpoint}"]
-        )
-    refuse_other_data(checkpoint, fingerprints)
-
-
-def _start_engine(model: Any, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+def _start_engine(model: Any, config: RunConfig, world: World, inputs: Inputs) -> Any:
+    """DeepSpeed's engine, with the checkpoint's weights, optimizer and scaler in it where there is one."""
     import deepspeed
 
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    offload = offloads_optimizer(inputs.ds_config)
+    optimizer = make_optimizer(trainable, config.train, offload=offload, device=world.device)
+    universal = universal_if_needed(inputs.checkpoint, world) if inputs.checkpoint is not None else None
+    ds_config = dict(inputs.ds_config)
+    if universal is not None:
+        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if inputs.checkpoint is not None:
+        load_checkpoint(engine, inputs.checkpoint, universal)
+        cursor = inputs.state.cursor
+        log.info("going on from %s (epoch %d, %d samples taken)", inputs.checkpoint, cursor.epoch, cursor.taken)
     return engine
-
-
-def _global_batch_size(config: RunConfig, world: World, state: TrainState) -> int:
-    """Samples a step. Given as accumulation, it is fixed by the first start, so that another world size keeps it."""
-    t = config.train
-    if t.global_batch_size is not None:
-        return t.global_batch_size
-    assert t.gradient_accumulation_steps is not None
-    return state.global_batch_size or t.gradient_accumulation_steps * t.per_device_train_batch_size * world.size
 
 
 def _seed(seed: int) -> None:

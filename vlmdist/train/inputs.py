@@ -1,0 +1,141 @@
+"""What a run starts from, checked before any model is loaded: run folder, corpora, DeepSpeed JSON, checkpoint.
+
+Everything that is wrong with the input is told at once.
+"""
+
+import fcntl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlmdist.config import RunConfig, load_run
+from vlmdist.data.index import Corpus
+from vlmdist.data.stream import Mixture
+from vlmdist.data.templates import find_template
+from vlmdist.distributed import World, gather_objects
+from vlmdist.errors import UserError
+from vlmdist.model.precision import precision_problems, resolve_dtype
+from vlmdist.run_folder import RunFolder, mend_jsonl
+from vlmdist.train.checkpoint import newest_checkpoint, refuse_other_data
+from vlmdist.train.ds_config import load_ds_config
+from vlmdist.train.metrics import log
+from vlmdist.train.state import TrainState, differences
+
+_SECONDS_FOR_ANOTHER_RUN_TO_END = 10  # a killed run's processes may still be going
+_HELD_LOCKS: list[TextIO] = []
+
+
+@dataclass
+class Inputs:
+    """What ``check_inputs`` found."""
+
+    mixture: Mixture
+    validation: Corpus | None
+    ds_config: dict[str, Any]
+    checkpoint: Path | None
+    """The newest whole one of the run folder."""
+    state: TrainState
+    """Where the run is: the checkpoint's, or the beginning."""
+    total_steps: int
+
+
+def open_run_folder(config: RunConfig, world: World) -> RunFolder:
+    """Make the run folder (rank 0) and be sure that it can be written (all ranks)."""
+    run = RunFolder(Path(config.output_dir).expanduser())
+    problem = None
+    if world.is_main:
+        try:
+            run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            _lock(run)
+            for file in (run.log_file, run.steps_file, run.bad_samples_file):
+                mend_jsonl(file)
+                with open(file, "a", encoding="utf-8"):
+                    pass
+        except BlockingIOError:
+            problem = f"output_dir: another run is writing {run.path}; wait for it, or give another output_dir"
+        except OSError as e:
+            problem = f"output_dir: {e.filename or run.path} can't be written: {e.strerror}; give another output_dir"
+    problem = gather_objects(problem)[0]
+    if problem:
+        raise UserError(problem)
+    return run
+
+
+def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
+    """Open and check what the run file names; find where to go on (all ranks). UserError with all that is wrong."""
+    corpora, validation, ds_config = _open_inputs(config, world)
+    checkpoint, skipped = newest_checkpoint(run, world)
+    for reason in skipped:
+        log.warning("checkpoint passed over: %s", reason)
+    state = TrainState()
+    if checkpoint is not None:
+        _refuse_other_run(checkpoint, config, [c.fingerprint for c in corpora])
+        state = TrainState.read(checkpoint)
+    state.global_batch_size = _global_batch_size(config, world, state)
+    mixture = Mixture(corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size)
+    total_steps = config.train.max_steps or mixture.num_steps(state.global_batch_size, config.train.num_train_epochs)
+    return Inputs(mixture, validation, ds_config, checkpoint, state, total_steps)
+
+
+def _lock(run: RunFolder) -> None:
+    """Keep other runs out of the folder for as long as this process lives (BlockingIOError where one stays in it)."""
+    handle = open(run.lock_file, "w")  # noqa: SIM115 - the lock goes with the file, so it stays open
+    deadline = time.monotonic() + _SECONDS_FOR_ANOTHER_RUN_TO_END
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit this kind of lock
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                raise BlockingIOError from None
+            time.sleep(0.5)
+    _HELD_LOCKS.append(handle)
+
+
+def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus | None, dict[str, Any]]:
+    """Open the corpora and fill the DeepSpeed JSON; UserError with all that is wrong, before a model is loaded."""
+    problems = precision_problems(config.model, world.device)
+    corpora: list[Corpus] = []
+    validation: Corpus | None = None
+    ds_config: dict[str, Any] = {}
+    for place in config.data.train:
+        try:
+            corpora.append(Corpus.open(Path(place.shards).expanduser()))
+        except UserError as e:
+            problems += [f"data.train: {p}" for p in e.problems]
+    try:
+        if config.data.validation is not None:
+            validation = Corpus.open(Path(config.data.validation).expanduser())
+    except UserError as e:
+        problems += [f"data.validation: {p}" for p in e.problems]
+    try:
+        find_template(config.prompt.template)
+    except UserError as e:
+        problems += e.problems
+    try:
+        ds_config = load_ds_config(config, world.size, resolve_dtype(config.model.precision, world.device))
+    except UserError as e:
+        problems += e.problems
+    problems += [f"data.train: {c.folder} holds no sample" for c in corpora if len(c) == 0]
+    if problems:
+        raise UserError(problems)
+    return corpora, validation, ds_config
+
+
+def _refuse_other_run(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> None:
+    changed = differences(load_run(checkpoint / "run.yaml"), config)
+    if changed:
+        raise UserError(
+            [*changed, f"give another output_dir for a new run, or put these back to go on from {checkpoint}"]
+        )
+    refuse_other_data(checkpoint, fingerprints)
+
+
+def _global_batch_size(config: RunConfig, world: World, state: TrainState) -> int:
+    """Samples a step. Given as accumulation, it is fixed by the first start, so that another world size keeps it."""
+    t = config.train
+    if t.global_batch_size is not None:
+        return t.global_batch_size
+    assert t.gradient_accumulation_steps is not None
+    return state.global_batch_size or t.gradient_accumulation_steps * t.per_device_train_batch_size * world.size
