@@ -78,9 +78,10 @@ make_shards() { # lines or images
     touch "$folder.done"
 }
 
-seconds_file=''
+seconds_file='' seconds_left='' # what was timed before there was a run folder
 stage() { # NAME COMMAND...: with its seconds, which demo_table.py adds up. `set -e` does not hold inside COMMAND.
-    local name="$1" started=$EPOCHREALTIME seconds code=0
+    local name="$1" code=0 started milliseconds
+    started=$(date +%s%3N)
     shift
     printf '\n== %s\n' "$name"
     "$@" || code=$?
@@ -89,8 +90,12 @@ stage() { # NAME COMMAND...: with its seconds, which demo_table.py adds up. `set
             "$name" "$code" >&2
         exit "$code"
     fi
-    seconds="$((${EPOCHREALTIME/[.,]/} - ${started/[.,]/}))"
-    [[ -z $seconds_file ]] || printf '%s\t%s\t%d.%06d\n' "$$" "$name" $((seconds / 1000000)) $((seconds % 1000000)) >>"$seconds_file"
+    milliseconds=$(($(date +%s%3N) - started))
+    seconds_left+="$(printf '%s\t%s\t%d.%03d' "$$" "$name" $((milliseconds / 1000)) $((milliseconds % 1000)))"$'\n'
+    if [[ -n $seconds_file ]]; then
+        printf '%s' "$seconds_left" >>"$seconds_file"
+        seconds_left=''
+    fi
 }
 
 main

@@ -221,8 +221,9 @@ def to_row(key: str, record: dict[str, Any]) -> Row:
     if not isinstance(messages, list) or not messages:
         raise BadSample("no messages")
     images = record["images"] or []
-    encoded = [image.get("bytes") if isinstance(image, dict) else None for image in images]
-    if not all(isinstance(data, bytes) and data for data in encoded):
+    found = [image.get("bytes") if isinstance(image, dict) else None for image in images]
+    encoded = [data for data in found if isinstance(data, bytes) and data]
+    if len(encoded) != len(found):
         raise BadSample("an image without bytes")
     return Row(key, [_message(m, i) for i, m in enumerate(messages)], images=tuple(encoded))
 

@@ -1,7 +1,7 @@
 """Receipt lines as tills print them, with what they stand for. See synthetic_receipts.py."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from synthetic_vocabulary import CATEGORIES, UNITS, Aisle
 
@@ -140,4 +140,4 @@ def _mixed(word: str, rng: random.Random) -> str:
     return rng.choice((_drop_vowels, _cut_with_dot, _cut, _keep))(word, rng)
 
 
-STYLES: Iterable[Callable[[str, random.Random], str]] = (_drop_vowels, _cut_with_dot, _cut, _keep, _mixed)
+STYLES: tuple[Callable[[str, random.Random], str], ...] = (_drop_vowels, _cut_with_dot, _cut, _keep, _mixed)

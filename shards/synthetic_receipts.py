@@ -11,11 +11,12 @@ depends on --seed and --test alone. The same options give the same tars (picture
 """
 
 import sys
+from collections.abc import Iterable, Mapping
 
 from synthetic_images import make_images
 from synthetic_lines import make_lines
 
-from vlmdist.data.corpora import CorpusWriter, count, make_parser, run_script
+from vlmdist.data.corpora import CorpusWriter, Row, count, make_parser, run_script
 from vlmdist.errors import UserError
 
 DEFAULT_SIZES = {"lines": (2000, 100, 200), "images": (400, 40, 60)}
@@ -40,10 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--width {options.width}: a readable receipt is 100 to 4000 pixels wide")
     about = {"script": "synthetic_receipts", "kind": options.kind, "seed": options.seed}
     with CorpusWriter(options.out, overwrite=options.overwrite, about=about) as corpus:
-        if options.kind == "lines":
-            rows = make_lines(sizes, options.seed)
-        else:
-            rows = make_images(sizes, options.seed, options.width)
+        rows: Mapping[str, Iterable[Row]] = (
+            make_lines(sizes, options.seed)
+            if options.kind == "lines"
+            else make_images(sizes, options.seed, options.width)
+        )
         for split, number in sizes.items():
             if number:
                 corpus.write_split(split, rows[split], total=number)

@@ -19,7 +19,10 @@ class Aisle:
 
 
 def _aisle(products: str, attributes: str, brands: str, sizes: tuple[str, ...]) -> Aisle:
-    return Aisle(*(tuple(p.strip() for p in part.split(",")) for part in (products, attributes, brands)), sizes)
+    def items(text: str) -> tuple[str, ...]:
+        return tuple(item.strip() for item in text.split(","))
+
+    return Aisle(items(products), items(attributes), items(brands), sizes)
 
 
 CATEGORIES = {

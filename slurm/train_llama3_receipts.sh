@@ -46,7 +46,7 @@ fi
 # shellcheck source=slurm/job.sh
 source "$home/slurm/job.sh"
 
-run=("$home/launch/runs/llama3_receipts.yaml")
+run=("$home/launch/runs/llama3_receipts.yaml" "threads_per_rank=${SLURM_CPUS_PER_TASK:-1}") # CPU Adam steps on them
 [[ -z ${VLMDIST_MODEL:-} ]] || run+=("model.name_or_path=$VLMDIST_MODEL")
 [[ -z ${VLMDIST_DATA:-} ]] || run+=("data.train=$VLMDIST_DATA/train" "data.validation=$VLMDIST_DATA/validation" "data.test=$VLMDIST_DATA/test")
 [[ -z ${VLMDIST_OUT:-} ]] || run+=("output_dir=$VLMDIST_OUT")

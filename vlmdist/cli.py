@@ -175,13 +175,15 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.distributed import adopt_slurm_environment
+    from vlmdist.train.signals import StopSignal
 
-    adopt_slurm_environment()
-    config = load_run(arguments.run_file, overrides)
-    _quiet_libraries()
-    from vlmdist.train.loop import train
+    with StopSignal() as stop:  # from the first moment: the imports alone take seconds
+        adopt_slurm_environment()
+        config = load_run(arguments.run_file, overrides)
+        _quiet_libraries()
+        from vlmdist.train.loop import train
 
-    train(config)
+        train(config, stop)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -60,6 +60,10 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row]
 
 
+def starts(run: Path) -> list[dict]:
+    return [row for row in rows(run / "steps.jsonl") if row.get("start")]
+
+
 def assert_audit_is_clean(run: Path) -> None:
     from vlmdist.audit import audit_run, format_audit
 
@@ -85,30 +89,31 @@ def test_two_nodes_train_to_the_end_and_the_loss_falls(slurm: SlurmTestbed, rece
     assert_audit_is_clean(run)
 
 
-@pytest.mark.parametrize("how", ["signal ahead of the limit", "scontrol requeue"])
-def test_stopped_job_comes_back_and_ends_as_if_undisturbed(
-    slurm: SlurmTestbed, receipts: Path, tmp_path: Path, how: str
+def test_job_stopped_twice_comes_back_and_ends_as_if_undisturbed(
+    slurm: SlurmTestbed, receipts: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     num_steps, saved_every = 24, 3
     settings = [f"train.max_steps={num_steps}", f"train.save_steps={saved_every}", "train.deepspeed=zero2"]
     job = submit(slurm, receipts, run, *settings)
+
+    # as ahead of the time limit: to the batch shell alone, which passes it on and requeues the job itself
     slurm.wait_until(lambda: len(losses(run)) > saved_every + 1, job, 120)
-    if how == "scontrol requeue":
-        slurm.run("scontrol", "requeue", str(job))
-    else:
-        slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.wait_until(lambda: len(starts(run)) == 2, job, 120)
+    assert "checkpoint saved; requeued" in slurm.log(job)
+    first_resumed = starts(run)[1]["resume_step"]
+    assert saved_every < first_resumed < num_steps
+
+    # as by an administrator: SIGTERM to everything, and Slurm requeues the job
+    slurm.wait_until(lambda: len(losses(run)) > first_resumed + saved_every, job, 120)
+    slurm.run("scontrol", "requeue", str(job))
     assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
 
     log = slurm.log(job)
-    assert slurm.facts(job)["Restarts"] == "1", log
-    assert "restart 0" in log
-    assert "restart 1" in log  # one log, both starts
-    if how != "scontrol requeue":
-        assert "checkpoint saved; requeued" in log
-    starts = [row for row in rows(run / "steps.jsonl") if row.get("start")]
-    assert len(starts) == 2
-    assert saved_every <= starts[1]["resume_step"] < num_steps
+    assert slurm.facts(job)["Restarts"] == "2", log
+    assert all(f"restart {n}" in log for n in range(3))  # one log, all starts
+    assert first_resumed < starts(run)[2]["resume_step"] < num_steps, log
     assert rows(run / "steps.jsonl")[-1]["step"] == num_steps
     assert_audit_is_clean(run)
 

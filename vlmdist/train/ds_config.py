@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: read, "auto" filled from the run file, clashes told together."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def load_ds_config(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
     if stage == 3 and config.model.quantization != "none":
         problems.append(
             f"train.deepspeed: {file.name} is ZeRO-3, which can't shard {config.model.quantization} weights; use zero2"
+        )
+    if offloads_optimizer(tree) and not (shutil.which("c++") or shutil.which("g++")):
+        problems.append(
+            f"train.deepspeed: {file.name} offloads the optimizer, for which DeepSpeed builds its CPU Adam with a C++ "
+            "compiler, and none is on the PATH; install g++ (or load its module), or use zero2"
         )
     if problems:
         raise UserError(problems)

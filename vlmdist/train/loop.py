@@ -28,21 +28,20 @@ from vlmdist.train.signals import StopSignal
 from vlmdist.train.start import Training, prepare
 
 
-def train(config: RunConfig) -> None:
-    """Train to the end, or until asked to stop (all ranks).
+def train(config: RunConfig, stop: StopSignal) -> None:
+    """Train to the end, or until ``stop`` has noted a signal (all ranks).
 
     Raises UserError for wrong input, RunFailed where the run can't go on, StopRequested after a requested checkpoint.
     """
     world = init_world(config.threads_per_rank)
     try:
-        with StopSignal() as stop:
-            run = open_run_folder(config, world)
-            start_logging(run, world.is_main)
-            inputs = check_inputs(config, world, run)
-            if inputs.state.step >= inputs.total_steps:
-                log.info("nothing to do: all %d steps of %s are done", inputs.total_steps, run.path)
-                return
-            _run_steps(prepare(config, world, run, inputs), stop)
+        run = open_run_folder(config, world)
+        start_logging(run, world.is_main)
+        inputs = check_inputs(config, world, run)
+        if inputs.state.step >= inputs.total_steps:
+            log.info("nothing to do: all %d steps of %s are done", inputs.total_steps, run.path)
+            return
+        _run_steps(prepare(config, world, run, inputs), stop)
     finally:
         shutdown()
 
