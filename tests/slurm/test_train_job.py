@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_vlmdist
 from testbed import SlurmTestbed
 from tiny_models import make_tiny_llama
 
@@ -17,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "slurm" / "train_llama3_receipts.sh"
 WORDS = {"МОЛ": "Молоко", "СОК": "Сок", "ХЛ": "Хлеб", "ЧАЙ": "Чай"}
 BRANDS = ("Lipton", "Добрый", "Простоквашино", "-")
+SETTINGS = ("train.global_batch_size=8", "train.per_device_train_batch_size=2", "train.learning_rate=1e-2")
 ENVIRONMENT = {"VLMDIST_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
 
@@ -47,9 +49,8 @@ def submit(slurm: SlurmTestbed, receipts: Path, out: Path, *overrides: str, task
     cwd.mkdir()
     # of the node's 16 fake cores a rank asks for one: what the ranks really share is this machine's
     options = ("--nodes=2", f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1")
-    settings = ("train.global_batch_size=8", "train.per_device_train_batch_size=2", "train.learning_rate=1e-2")
     places = {"VLMDIST_MODEL": str(receipts / "model"), "VLMDIST_DATA": str(receipts), "VLMDIST_OUT": str(out)}
-    return slurm.sbatch(*options, SCRIPT, *settings, *overrides, cwd=cwd, env={**ENVIRONMENT, **places})
+    return slurm.sbatch(*options, SCRIPT, *SETTINGS, *overrides, cwd=cwd, env={**ENVIRONMENT, **places})
 
 
 def rows(file: Path) -> list[dict]:
@@ -58,6 +59,11 @@ def rows(file: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def losses_by_step(run: Path) -> dict[int, float]:
+    """Steps done again after a restart count as they were the second time."""
+    return {row["step"]: row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row}
 
 
 def starts(run: Path) -> list[dict]:
@@ -116,6 +122,14 @@ def test_job_stopped_twice_comes_back_and_ends_as_if_undisturbed(
     assert first_resumed < starts(run)[2]["resume_step"] < num_steps, log
     assert rows(run / "steps.jsonl")[-1]["step"] == num_steps
     assert_audit_is_clean(run)
+
+    # two ranks of one undisturbed run, without Slurm: the same losses to the last digit
+    undisturbed = tmp_path / "undisturbed"
+    places = [f"data.{split}={receipts / split}" for split in ("train", "validation", "test")]
+    places += [f"model.name_or_path={receipts / 'model'}", f"output_dir={undisturbed}"]
+    run_file = REPOSITORY / "launch" / "runs" / "llama3_receipts.yaml"
+    run_vlmdist(2, "train", run_file, *SETTINGS, *settings, *places)
+    assert losses_by_step(run) == losses_by_step(undisturbed)
 
 
 def test_two_nodes_evaluate(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
