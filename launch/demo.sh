@@ -29,6 +29,7 @@ done
 
 declare -A run_file=([lines]=launch/runs/demo.yaml [images]=launch/runs/demo_images.yaml)
 declare -A run_name=([lines]=demo [images]=demo-images)
+declare -A samples=([lines]='--train 2000 --validation 60 --test 120' [images]='--train 400 --validation 40 --test 60')
 declare -A model=([lines]=smollm2 [images]=smolvlm)
 
 main() {
@@ -74,7 +75,8 @@ make_shards() { # lines or images
         echo "$folder is there"
         return
     fi
-    "$vlmdist_venv/bin/python" shards/synthetic_receipts.py --kind "$1" --out "$folder" --overwrite || return
+    # shellcheck disable=SC2086 # several options in one word
+    "$vlmdist_venv/bin/python" shards/synthetic_receipts.py --kind "$1" --out "$folder" --overwrite ${samples[$1]} || return
     touch "$folder.done"
 }
 

@@ -183,6 +183,7 @@ def validation_batches(
     chosen = np.arange(len(corpus))[:max_samples]
     by_length = chosen[np.argsort(corpus.text_bytes[chosen], kind="stable")]
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    batches += [by_length[:0]] * (-len(batches) % world_size)  # under ZeRO-3 a forward is a collective: equally many
     tasks = [tuple((0, int(s)) for s in batch) for batch in batches[rank::world_size]]
     dataset = _MicroBatches([corpus], prompter, needs_image=False)
     yield from DataLoader(
