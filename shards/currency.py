@@ -12,6 +12,8 @@ Roboflow writes several altered copies of a picture (NAME.rf.HASH.jpg). Copies o
 never in two splits: what train or validation share with test is left out of them, and named.
 """
 
+import _environment  # noqa: F401  # isort: skip
+
 import hashlib
 import json
 import sys

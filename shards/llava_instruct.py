@@ -12,6 +12,8 @@ of the test split (equal bytes) is left out and named. --validation N takes abou
 first image: rows about the same image go together. Line breaks at the ends of a text are dropped.
 """
 
+import _environment  # noqa: F401  # isort: skip
+
 import os
 import sys
 from collections.abc import Iterator, Sequence

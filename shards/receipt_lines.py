@@ -13,6 +13,8 @@ becomes OUT/gold; it has no normalized text, so only its product, brand and cate
 --source whose line is in it are left out.
 """
 
+import _environment  # noqa: F401  # isort: skip
+
 import csv
 import json
 import os

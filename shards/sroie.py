@@ -10,6 +10,8 @@ A picture that is in train and in test (equal pixels) stays in test alone, and i
 inside one split stay, and are named too. --validation-fraction takes a share of train, without the test images.
 """
 
+import _environment  # noqa: F401  # isort: skip
+
 import collections
 import hashlib
 import json

@@ -10,6 +10,8 @@ and about a third of the pictures of a shop that is in no other split; "meta" of
 depends on --seed and --test alone. The same options give the same tars (pictures: with the same Pillow).
 """
 
+import _environment  # noqa: F401  # isort: skip
+
 import sys
 from collections.abc import Iterable, Mapping
 
