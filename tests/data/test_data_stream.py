@@ -1,7 +1,6 @@
 """The training stream without a model: the same samples at any number of ranks and workers, from any cursor."""
 
 import random
-from pathlib import Path
 
 import pytest
 from tiny_models import train_tiny_tokenizer
