@@ -74,6 +74,9 @@ class Ranks:
         gathered: list[T] = gather_object([value])
         return gathered
 
-    def leave(self) -> None:
-        """Close the process group that accelerate opened (all ranks)."""
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after a mistake too: gloo's threads abort a process that ends with its group open
         self._state.destroy_process_group()

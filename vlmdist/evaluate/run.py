@@ -67,22 +67,21 @@ def evaluate_run(
     if few_shot:
         raise UserError("--few-shot: not available yet; leave it out to evaluate zero-shot")
     started_s = time.monotonic()
-    ranks = Ranks(config.threads_per_rank)
-    job = ranks.decide(lambda: _decide(config, ranks, checkpoint, base, name, split))
-    folder = EvaluationFolder(job.folder)
-    corpus = Corpus.open(job.corpus)
-    batches = _batches(corpus, job.num_samples, config)
-    left = [] if job.is_complete else sorted(set(range(len(batches))) - set(job.finished))
-    statistics: list[dict[str, Any]] = []
-    if left:
-        mine = assign_batches(left, _costs(corpus, job.num_samples, batches), ranks.size)[ranks.rank]
-        _refuse_unreadable_truths(ranks, corpus, [i for n in mine for i in batches[n]], config.evaluate.metric)
-        statistics = ranks.gather(_answer(config, ranks, job, folder, corpus, batches, mine))
-    scores = ranks.decide(lambda: join_and_score(folder, batches, job.num_samples, config.evaluate.metric))
-    num_generated = sum(s["samples"] for s in statistics)
-    if ranks.is_main and left:
-        folder.write_timing(_timing(statistics, ranks, time.monotonic() - started_s, job.num_samples))
-    ranks.leave()
+    with Ranks(config.threads_per_rank) as ranks:
+        job = ranks.decide(lambda: _decide(config, ranks, checkpoint, base, name, split))
+        folder = EvaluationFolder(job.folder)
+        corpus = Corpus.open(job.corpus)
+        batches = _batches(corpus, job.num_samples, config)
+        left = [] if job.is_complete else sorted(set(range(len(batches))) - set(job.finished))
+        statistics: list[dict[str, Any]] = []
+        if left:
+            mine = assign_batches(left, _costs(corpus, job.num_samples, batches), ranks.size)[ranks.rank]
+            _refuse_unreadable_truths(ranks, corpus, [i for n in mine for i in batches[n]], config.evaluate.metric)
+            statistics = ranks.gather(_answer(config, ranks, job, folder, corpus, batches, mine))
+        scores = ranks.decide(lambda: join_and_score(folder, batches, job.num_samples, config.evaluate.metric))
+        num_generated = sum(s["samples"] for s in statistics)
+        if ranks.is_main and left:
+            folder.write_timing(_timing(statistics, ranks, time.monotonic() - started_s, job.num_samples))
     return {**scores, "folder": str(job.folder), "num_generated": num_generated}
 
 
