@@ -71,6 +71,19 @@ def test_tokens_in_the_loss_are_the_assistants(name: str | None) -> None:
     assert kept.replace(" ", "") == "Milk3,2%<|im_end|>чай\nLipton<|im_end|>"
 
 
+def test_a_template_without_end_markers_gets_eos_after_the_last_answer() -> None:
+    """As llava-hf's own: a space between turns, nothing at the end."""
+    template = (
+        "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    prompter = text_prompter(template)
+    prompter.prove()
+    encoded = prompter.encode_training(conversation("What?", "Milk", "And?", "Tea"))
+    kept = prompter.tokenizer.decode([t for t, m in zip(encoded.input_ids, encoded.in_loss, strict=True) if m])
+    assert kept.replace(" ", "") == "MilkTea<|im_end|>"
+
+
 def test_image_tokens_and_question_are_not_in_the_loss(llava_processor) -> None:  # type: ignore[no-untyped-def]
     prompter = Prompter(llava_processor, None, "assistant", 512)
     prompter.prove()

@@ -142,7 +142,7 @@ class Prompter:
                 raise UserError(
                     f"prompt.template: it can't be proven that only the assistant is in the loss: {e}"
                 ) from None
-            self._compare_with_answers(messages, encoded)
+            self._compare_with_answers(messages, [text[start:end] for start, end in spans], encoded)
             self._compare_with_question(sample, encoded)
 
     # -- rendering -------------------------------------------------------------------------------------------------
@@ -248,12 +248,18 @@ class Prompter:
 
     # -- proof -----------------------------------------------------------------------------------------------------
 
-    def _compare_with_answers(self, messages: Sequence[Message], encoded: Encoded) -> None:
+    def _compare_with_answers(self, messages: Sequence[Message], turns: list[str], encoded: Encoded) -> None:
+        """The tokens in the loss read as the turns, each what the assistant says and perhaps its end-of-turn marker."""
         kept = [t for t, inside in zip(encoded.input_ids, encoded.in_loss, strict=True) if inside]
         found = self.tokenizer.decode(kept, skip_special_tokens=False)
         said = [m.text for m in messages if m.role == "assistant"]
-        expected = "".join(t + self.end_of_turn for t in said)
-        if "".join(found.split()) != "".join(expected.split()):
+        # a template may leave the marker out between turns (llava-hf's own does), never after the last one
+        expected = "".join(
+            text + (self.end_of_turn if turn.endswith(self.end_of_turn) else "")
+            for text, turn in zip(said, turns, strict=True)
+        )
+        ends_well = turns[-1].endswith(self.end_of_turn)
+        if "".join(found.split()) != "".join(expected.split()) or not ends_well:
             raise UserError(
                 "prompt.template: it can't be proven that only what the assistant says is in the loss. "
                 f"The tokens in the loss read {found!r}, the assistant says {expected!r}. "
