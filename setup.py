@@ -16,7 +16,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.18",
-        "transformers>=5.1",  # older ones fail with ZeRO + PEFT on torch 2.10 (huggingface/trl#4884)
+        # processors that tell where image placeholders were expanded: the loss mask is built on it
+        "transformers>=5.23",
         "peft>=0.19",
         "bitsandbytes>=0.49",  # first with NF4 on CPU
         "accelerate>=1.10",
