@@ -54,5 +54,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["vlmdist = vlmdist.cli:main"]},
+    entry_points={"console_scripts": ["vlmdist = vlmdist.cli:run_and_exit"]},
 )

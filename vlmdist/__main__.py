@@ -1,8 +1,6 @@
 """``python -m vlmdist`` is the ``vlmdist`` command; this is what torchrun and srun start."""
 
-import sys
-
-from vlmdist.cli import main
+from vlmdist.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

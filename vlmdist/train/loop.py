@@ -96,8 +96,6 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
             raise StopRequested(f"asked to stop: checkpoint of step {saved_step} is written; run again to go on")
         started = time.perf_counter()
     progress.close()
-    if metrics is not None:
-        metrics.close()
 
 
 @dataclass

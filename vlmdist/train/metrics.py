@@ -1,5 +1,6 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and lines for the person who watches (rank 0)."""
 
+import atexit
 import logging
 import sys
 import time
@@ -36,6 +37,7 @@ class MetricsWriter:
         self._file = run.metrics_file
         mend_jsonl(self._file)
         self._tensorboard = SummaryWriter(str(run.tensorboard_dir))  # type: ignore[no-untyped-call]
+        atexit.register(self.close)  # however the run ends, what was logged is written
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **figures})
