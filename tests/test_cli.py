@@ -93,3 +93,16 @@ def test_inspect_shows_the_tokens_in_the_loss(tiny_world: Path, tmp_path: Path) 
     assert "##" in shown
     assert "Expand" not in shown
     assert yaml.safe_load(file.read_text())["seed"] == 7
+
+
+def test_a_reader_that_goes_away_is_no_mistake(tiny_world: Path, tmp_path: Path) -> None:
+    """``vlmdist inspect ... --run ... | true``, with torch loaded."""
+    file = write_run(tiny_run(tiny_world, tmp_path / "run"), tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "vlmdist", "inspect", str(tiny_world / "test"), "--run", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) == 0, stderr
+    assert "Error" not in stderr

@@ -113,3 +113,12 @@ def test_every_field_is_documented() -> None:
         if "description" not in facts and field not in obvious
     ]
     assert missing == []
+
+
+def test_a_home_folder_means_the_same_to_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"train": "~/a", "validation": "~/b", "test": "~/c"}
+    config = load_run(write(tmp_path, {**GOOD, "output_dir": "~/out", "data": paths}))
+    assert config.output_dir == str(tmp_path / "out")
+    assert config.data.train[0].shards == str(tmp_path / "a")
+    assert (config.data.validation, config.data.test) == (str(tmp_path / "b"), str(tmp_path / "c"))

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        return arguments.run(arguments, overrides) or 0
+        code: int = arguments.run(arguments, overrides) or 0
+        sys.stdout.flush()  # here, where a reader that has gone away (`| head`) is no mistake
+        return code
     except UserError as e:
         _say([f"error: {p}" for p in e.problems])
         return e.exit_code
@@ -177,12 +179,10 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.data.prompt import Prompter
     from vlmdist.data.show import as_seen, format_as_seen
-    from vlmdist.data.templates import find_template
     from vlmdist.model.load import load_processor
 
     config = load_run(arguments.run_file, overrides)
-    template = find_template(config.prompt.template)
-    prompter = Prompter(load_processor(config.model), template, config.prompt.train_on, config.data.max_length)
+    prompter = Prompter.for_run(load_processor(config.model), config)
     facts["as_seen"] = as_seen(corpus, prompter, arguments.key)
     print(json.dumps(facts) if arguments.json else format_inspection(facts) + "\n\n" + format_as_seen(facts["as_seen"]))
 

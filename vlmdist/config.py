@@ -9,14 +9,15 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlmdist.errors import UserError
 
 Part = Literal["frozen", "lora", "full"]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same to every command
 
 
 class _Section(BaseModel):
@@ -24,7 +25,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    name_or_path: str
+    name_or_path: PathText
     """A transformers folder on disk, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -68,7 +69,7 @@ class AdaptConfig(_Section):
 
 
 class CorpusConfig(_Section):
-    shards: str
+    shards: PathText
     """Folder of WebDataset tars with their index."""
     weight: float = Field(1.0, gt=0)
     """Passes over this corpus in one epoch of the run; each sample exactly once per pass."""
@@ -77,9 +78,9 @@ class CorpusConfig(_Section):
 class DataConfig(_Section):
     train: list[CorpusConfig] = Field(min_length=1)
     """The training corpora. A path alone means one corpus of weight 1."""
-    validation: str | None = None
+    validation: PathText | None = None
     """Folder of shards for the validation loss."""
-    test: str | None = None
+    test: PathText | None = None
     """Folder of shards that ``vlmdist evaluate`` scores."""
     shuffle_block_size: int = Field(1, ge=1)
     """Samples that stay together in the shuffle; 1 shuffles single samples, thousands suit network disks."""
@@ -164,7 +165,7 @@ class EvaluateConfig(_Section):
 
 
 class RunConfig(_Section):
-    output_dir: str
+    output_dir: PathText
     """The run folder; everything a run writes is inside."""
     seed: int = Field(0, ge=0)
     """Decides the order of samples, the adapter's first weights and dropout."""

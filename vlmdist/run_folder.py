@@ -153,6 +153,19 @@ def verify_manifest(folder: Path) -> str | None:
     return None
 
 
+def replace_file_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 beside ``path``, then move it there: a kill leaves the old file or the new one whole.
+
+    One writer a path.
+    """
+    staging = path.with_name(f".staging-{path.name}")
+    with open(staging, "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(staging, path)
+
+
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     """Append rows in one write, so that a kill leaves at most the last line cut."""
     text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)

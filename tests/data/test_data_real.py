@@ -1,18 +1,17 @@
 """Real scanned receipts: written, indexed, read and decoded."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_sources import REAL_DATA
 from PIL import Image
 
 from vlmdist.data.decode import decode_image
 from vlmdist.data.index import Corpus
 from vlmdist.data.shards import ShardWriter
 
-REAL_DATA = Path(os.environ.get("VLMDIST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 IMAGES = sorted((REAL_DATA / "sroie").rglob("*.jpg"))[:24] if (REAL_DATA / "sroie").is_dir() else []
 
 

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlmdist.config import RunConfig
 from vlmdist.data.decode import decode_image
+from vlmdist.data.templates import find_template
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
@@ -78,6 +80,11 @@ class Prompter:
         specials |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         self._special_pattern = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True) if s))
         self.end_of_turn = self._find_end_of_turn()
+
+    @classmethod
+    def for_run(cls, processor: Any, config: RunConfig) -> "Prompter":
+        """The prompter of a run file's prompt and data sections."""
+        return cls(processor, find_template(config.prompt.template), config.prompt.train_on, config.data.max_length)
 
     # -- what others ask for ---------------------------------------------------------------------------------------
 

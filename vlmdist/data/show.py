@@ -59,9 +59,9 @@ def format_as_seen(facts: dict[str, Any]) -> str:
 def _number_of(corpus: Corpus, key: str | None) -> int:
     if key is None:
         return 0
-    for i in range(len(corpus)):
-        if corpus.key(i) == key:
-            return i
+    number = corpus.find(key)
+    if number is not None:
+        return number
     raise UserError(f"--key: {key!r} is not in {corpus.folder}")
 
 

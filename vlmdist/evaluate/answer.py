@@ -38,15 +38,12 @@ class Answerer:
 
     def __init__(self, config: RunConfig, checkpoint: Path | None, corpus: Corpus, device: "torch.device"):
         from vlmdist.data.prompt import Prompter
-        from vlmdist.data.templates import find_template
         from vlmdist.model.load import load_for_evaluation
 
         self.corpus = corpus
         self.max_new_tokens = config.evaluate.max_new_tokens
         self.model, processor = load_for_evaluation(config, checkpoint, device)
-        self.prompter = Prompter(
-            processor, find_template(config.prompt.template), config.prompt.train_on, config.data.max_length
-        )
+        self.prompter = Prompter.for_run(processor, config)
 
     def answer(self, samples: Sequence[int]) -> list[Row]:
         """Rows of {number, id, truth, prediction} in the order of ``samples``; "error" too where a sample failed."""

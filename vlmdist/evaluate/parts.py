@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmdist.errors import RunFailed
-from vlmdist.evaluate.atomic import replace_file_text
 from vlmdist.evaluate.scores import PREDICTIONS_FILE, SCORES_FILE, Row
+from vlmdist.run_folder import replace_file_text
 
 _FIRST_POLL_S = 0.2
 _LONGEST_POLL_S = 5.0

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmdist.errors import UserError
-from vlmdist.evaluate.atomic import replace_file_text
 from vlmdist.evaluate.metrics import METRICS, Metric, SampleScore, UnreadableTruth
+from vlmdist.run_folder import replace_file_text
 
 ROUND_DIGITS = 10
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -15,13 +15,12 @@ from typing import Any
 
 from vlmdist import __version__
 from vlmdist.errors import UserError
-from vlmdist.evaluate.atomic import replace_file_text
 from vlmdist.report import tables
 from vlmdist.report.curves import Curve, Series, draw_curve, smoothed
 from vlmdist.report.facts import Row, RunFacts, number, read_run
 from vlmdist.report.gallery import Gallery, make_gallery
 from vlmdist.report.shown_text import shorten, visible
-from vlmdist.run_folder import RunFolder
+from vlmdist.run_folder import RunFolder, replace_file_text
 
 MAX_PAGE_BYTES = 30_000_000
 _ATTEMPTS = ((200, 18_000_000), (200, 4_000_000), (100, 0), (20, 0))

@@ -20,7 +20,7 @@ from vlmdist.config import RunConfig, dump_run
 from vlmdist.distributed import World, barrier, gather_objects
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.model.adapters import trainable_names
-from vlmdist.run_folder import TRAINABLE_WEIGHTS, RunFolder, read_manifest, write_manifest
+from vlmdist.run_folder import TRAINABLE_WEIGHTS, RunFolder, read_manifest, replace_file_text, write_manifest
 from vlmdist.train.state import STATE_FILE, TrainState
 
 _DEEPSPEED_TAG = "deepspeed"
@@ -145,9 +145,7 @@ def _write_small_files(folder: Path, weights: dict[str, torch.Tensor], state: Tr
 
 
 def _point_latest_at(run: RunFolder, checkpoint: Path) -> None:
-    staged = run.latest_file.with_suffix(".new")
-    staged.write_text(checkpoint.name + "\n", encoding="utf-8")
-    os.replace(staged, run.latest_file)
+    replace_file_text(run.latest_file, checkpoint.name + "\n")
     directory = os.open(run.checkpoints_dir, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -42,7 +42,7 @@ class Inputs:
 
 def open_run_folder(config: RunConfig, world: World) -> RunFolder:
     """Make the run folder (rank 0) and be sure that it can be written (all ranks)."""
-    run = RunFolder(Path(config.output_dir).expanduser())
+    run = RunFolder(Path(config.output_dir))
     problem = None
     if world.is_main:
         try:
@@ -101,12 +101,12 @@ def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
     ds_config: dict[str, Any] = {}
     for place in config.data.train:
         try:
-            corpora.append(Corpus.open(Path(place.shards).expanduser()))
+            corpora.append(Corpus.open(place.shards))
         except UserError as e:
             problems += [f"data.train: {p}" for p in e.problems]
     try:
         if config.data.validation is not None:
-            validation = Corpus.open(Path(config.data.validation).expanduser())
+            validation = Corpus.open(config.data.validation)
     except UserError as e:
         problems += [f"data.validation: {p}" for p in e.problems]
     try:

@@ -51,7 +51,6 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
     metrics = MetricsWriter(t.run) if t.world.is_main else None
     progress = Progress(total_steps, state.step, t.world.is_main)
     window = _Window()
-    saved_step = state.step
     log.info("%d steps of %d samples on %d ranks", total_steps, state.global_batch_size, t.world.size)
     started = time.perf_counter()
     for step in t.stream.steps(state.cursor, state.step):
@@ -90,10 +89,9 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
         # -- checkpoint (all ranks)
         if is_last or exchanged.stop or step.number % config.save_steps == 0:
             folder = save_checkpoint(t.engine, t.run, state, t.config, t.fingerprints, t.world)
-            saved_step = step.number
             progress.say(f"step {step.number}: checkpoint {folder}")
         if exchanged.stop and not is_last:
-            raise StopRequested(f"asked to stop: checkpoint of step {saved_step} is written; run again to go on")
+            raise StopRequested(f"asked to stop: checkpoint of step {step.number} is written; run again to go on")
         started = time.perf_counter()
     progress.close()
 

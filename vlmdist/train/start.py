@@ -16,7 +16,6 @@ from vlmdist.config import RunConfig, dump_run
 from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.stream import TrainStream
-from vlmdist.data.templates import find_template
 from vlmdist.distributed import World, barrier
 from vlmdist.model.adapters import trains_vision
 from vlmdist.model.load import load_for_training, load_processor
@@ -58,8 +57,7 @@ class Training:
 def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> Training:
     """Load the model, build the engine, go on from the checkpoint if there is one (all ranks)."""
     _seed(config.seed)
-    template = find_template(config.prompt.template)
-    prompter = Prompter(load_processor(config.model), template, config.prompt.train_on, config.data.max_length)
+    prompter = Prompter.for_run(load_processor(config.model), config)
     if config.prompt.train_on == "assistant":
         prompter.prove()
     log.info("loading %s (%s)", config.model.name_or_path, config.model.quantization)
