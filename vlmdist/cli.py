@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _index(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from vlmdist.data.index import build_index
+    from vlmdist.data.build import build_index
     from vlmdist.data.inspect import format_inspection, inspect_corpus
 
     corpus = build_index(arguments.shards, progress=not arguments.json)

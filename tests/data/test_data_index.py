@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from vlmdist.data.index import Corpus, build_index
+from vlmdist.data.build import build_index
+from vlmdist.data.index import Corpus
 from vlmdist.data.tar import BrokenTar, walk_tar
 from vlmdist.errors import BadSample, UserError
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmdist.data.index import Corpus, build_index
+from vlmdist.data.build import build_index
+from vlmdist.data.index import Corpus
 from vlmdist.data.inspect import format_inspection, inspect_corpus
 from vlmdist.errors import UserError
 

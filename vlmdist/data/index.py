@@ -1,6 +1,6 @@
 """A corpus: a folder of WebDataset tars with an index beside them, so that any sample is one read away.
 
-``build_index`` makes the index for tars that anyone wrote; ``Corpus`` opens it by memory map and reads samples.
+``Corpus`` opens the index by memory map and reads samples; ``build_index`` (data/build.py) makes it for any tars.
 Samples are numbered from 0 in the order of the shards' names and, inside a shard, of their first members.
 """
 
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index, write_index
-from vlmdist.data.index_rows import IndexRows, image_number, image_order
-from vlmdist.data.tar import BrokenTar
-from vlmdist.data.tar_samples import list_shards, samples_in, shard_facts
+from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
+from vlmdist.data.index_rows import image_number, image_order
+from vlmdist.data.tar_samples import list_shards
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import Sample, parse_json, parse_record
 
@@ -25,36 +24,8 @@ _MAX_OPEN_SHARDS = 256
 _MAX_GAP_BYTES = 4096  # between neighbouring members of one sample: padding and headers
 
 
-def build_index(folder: Path, progress: bool = False) -> "Corpus":
-    """Read every tar of the folder once, write its index, and open it. All broken tars are told in one UserError."""
-    from tqdm import tqdm
-
-    folder = Path(folder)
-    shards = list_shards(folder)
-    rows, facts, problems = IndexRows(), [], []
-    num_bytes = sum(p.stat().st_size for p in shards)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="index", disable=not progress) as bar:
-        for shard in shards:
-            rows.begin_shard(shard.name)
-            try:
-                for key, members in samples_in(shard):
-                    rows.add(key, members)
-            except BrokenTar as e:
-                problems.append(f"{shard}: {e}; copy or write this shard anew, then: {_mend(folder)}")
-            except OSError as e:
-                problems.append(f"{shard}: can't be read: {e.strerror or e}")
-            facts.append(shard_facts(shard))
-            bar.update(facts[-1]["bytes"])
-    if problems:
-        raise UserError(problems)
-    tables = rows.tables(facts)
-    if not tables.num_samples:
-        raise UserError(f"{folder}: its tars hold no samples; members must be named KEY.json, KEY.jpg, ...")
-    write_index(folder, tables)
-    return Corpus.open(folder)
-
-
-def _mend(folder: Path) -> str:
+def mend_command(folder: Path) -> str:
+    """What the user types to make the index anew."""
     return f"vlmdist index {shlex.quote(str(folder))}"
 
 
@@ -194,7 +165,9 @@ class Corpus:
         except OSError as e:
             raise BadSample(f"{self.shard_name(i)} can't be read: {e.strerror or e}") from None
         if [zlib.crc32(d) for d in data] != self._columns["crc32"][rows].tolist():
-            raise BadSample(f"{self.shard_name(i)} is changed since it was indexed (checksum); {_mend(self.folder)}")
+            raise BadSample(
+                f"{self.shard_name(i)} is changed since it was indexed (checksum); {mend_command(self.folder)}"
+            )
         return data
 
     def _shard(self, number: int) -> _OpenShard:
@@ -212,16 +185,16 @@ def _read_index(folder: Path) -> IndexTables:
     try:
         return read_index(file)
     except FileNotFoundError:
-        raise UserError(f"{folder}: the tars have no index; make it with: {_mend(folder)}") from None
+        raise UserError(f"{folder}: the tars have no index; make it with: {mend_command(folder)}") from None
     except OSError as e:
         raise UserError(f"{file}: can't be read: {e.strerror or e}") from None
     except ValueError as e:
-        raise UserError(f"{file}: can't be used, {e}; make it anew with: {_mend(folder)}") from None
+        raise UserError(f"{file}: can't be used, {e}; make it anew with: {mend_command(folder)}") from None
 
 
 def _differences(folder: Path, shards: list[Path], tables: IndexTables) -> list[str]:
     """What in the folder is not as the index says, a sentence each."""
-    mend = f"make the index anew with: {_mend(folder)}"
+    mend = f"make the index anew with: {mend_command(folder)}"
     indexed = {s["name"]: s["bytes"] for s in tables.shards}
     present = {p.name: p for p in shards}
     problems = [
