@@ -2,17 +2,18 @@
 
 Reads ``steps.jsonl``, which rank 0 of the training loop writes:
 
-    {"start": true, "resume_step": S, "world_size": R, "epoch_length": M, "seed": ..., "shuffle_block_size": ...,
-     "global_batch_size": G, "corpora": [{"fingerprint": ..., "samples": n, "weight": w}, ...]}     at every start
-    {"step": s, "epoch": e, "taken": t, "samples": [...], "bad": [...]}                             for every step
+    {"start": true, "resume_step": S, "world_size": R, "seed": ..., "shuffle_block_size": ..., "global_batch_size": G,
+     "corpora": [{"fingerprint": ..., "samples": n, "weight": w}, ...]}                            at every start
+    {"step": s, "epoch": e, "taken": t, "count": n, "ids": "...", "bad": [...], "samples": [...]}  for every step
 
-``taken`` is the cursor before the step; ``samples`` are the ids as the ranks were fed, gathered in any order: numbers
-where there is one corpus, else [corpus, number]; ``bad`` those of them that couldn't be used (they keep their slot).
+``taken`` is the cursor before the step; ``count`` and ``ids`` number and digest (data/ids.py) of the samples as the
+ranks were really fed; ``bad`` those of them that couldn't be used (they keep their slot), as [corpus, number];
+``samples`` all of them, there only where they are not what the order gives.
 A start at S says that the work of later steps, if the log has any, was lost and is done again.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from vlmdist.data.ids import digest_of
 from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, step_slice
 from vlmdist.errors import UserError
 from vlmdist.run_folder import RunFolder, read_jsonl
@@ -53,6 +55,15 @@ class _Findings:
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
+
+    def count(self, step: int, ids: NDArray[np.int64]) -> None:
+        for corpus, times in enumerate(self.taken):
+            mine = ids[ids[:, 0] == corpus, 1]
+            np.add.at(times, mine[mine < len(times)], 1)
+        sizes = np.array([len(times) for times in self.taken])
+        known = (ids[:, 0] < len(sizes)) & (ids[:, 1] < sizes[np.minimum(ids[:, 0], len(sizes) - 1)])
+        if not known.all():
+            self.add(f"step {step} took {_listed(_counted(ids[~known]))}: there is no such sample")
 
 
 def audit_run(run_dir: str | Path) -> dict[str, Any]:
@@ -118,19 +129,25 @@ def _malformed(row: Any, started: bool) -> str | None:
     if not isinstance(row, dict):
         return "a row is no object"
     if row.get("start"):
-        numbers = ("resume_step", "world_size", "epoch_length", "seed", "shuffle_block_size", "global_batch_size")
+        numbers = ("resume_step", "world_size", "seed", "shuffle_block_size", "global_batch_size")
         corpora = row.get("corpora")
         if not all(isinstance(row.get(n), int) for n in numbers) or not isinstance(corpora, list) or not corpora:
             return f"a start needs {', '.join(numbers)} and corpora"
         return None if all(map(_is_corpus, corpora)) else "a corpus needs fingerprint, samples and weight"
     if not started:
         return "a step before any start"
-    if not all(isinstance(row.get(n), int) for n in ("step", "epoch", "taken")):
-        return "a step needs step, epoch and taken"
-    ids = [*row["samples"], *row.get("bad", [])] if isinstance(row.get("samples"), list) else [None]
-    if not all(isinstance(i, int) or (isinstance(i, list) and len(i) == 2) for i in ids):
-        return "samples of a step are numbers or [corpus, number]"
+    if not all(isinstance(row.get(n), int) for n in ("step", "epoch", "taken", "count")):
+        return "a step needs step, epoch, taken and count"
+    if not isinstance(row.get("ids"), str):
+        return "a step needs the digest of its ids"
+    lists = [row.get("samples", []), row.get("bad", [])]
+    if not all(isinstance(ids, list) and all(map(_is_pair, ids)) for ids in lists):
+        return "samples of a step are [corpus, number]"
     return None
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and 0 <= n < 2**62 for n in value)
 
 
 def _is_corpus(c: Any) -> bool:
@@ -165,9 +182,11 @@ def _check_starts(history: _History, settings: Mapping[str, Any], found: _Findin
 def _check_steps(history: _History, found: _Findings) -> None:
     """Steps follow each other, and each took just what the order gives it."""
     order = _Order(history.starts[0])
+    found.taken = [np.zeros(n, np.int64) for n in order.sizes]
     expected_step = 1
     for start, step in history.steps:
         number, at = step["step"], Cursor(step["epoch"], step["taken"])
+        found.bad += len(step.get("bad", []))
         if number != expected_step:
             found.add(f"step {number} follows step {expected_step - 1}: steps must follow each other without a gap")
         if at != found.cursor:
@@ -178,10 +197,29 @@ def _check_steps(history: _History, found: _Findings) -> None:
         except ValueError:
             found.add(f"step {number} starts at {_place(at)}, outside an epoch of {order.length(at.epoch)} samples")
             continue
-        _compare(number, _ids(step), order.ids(at.epoch, first, last), found)
+        found.count(number, _compare(step, order.ids(at.epoch, first, last), found))
 
 
-def _compare(number: int, taken: Counter[Id], due: Counter[Id], found: _Findings) -> None:
+def _compare(step: Mapping[str, Any], due: NDArray[np.int64], found: _Findings) -> NDArray[np.int64]:
+    """The samples that a step took, [n, 2]; what is wrong with them is noted."""
+    number = step["step"]
+    if "samples" in step:
+        taken = np.array(step["samples"], np.int64).reshape(-1, 2)
+        _compare_lists(number, _counted(taken), _counted(due), found)
+        return taken
+    if step["count"] != len(due) or step["ids"] != digest_of(due):
+        found.add(
+            f"step {number} took {step['count']} samples, unlisted, that are not the {len(due)} that the order gives it"
+        )
+        return due[:0]
+    return due
+
+
+def _counted(ids: NDArray[np.int64]) -> Counter[Id]:
+    return Counter((corpus, sample) for corpus, sample in ids.tolist())
+
+
+def _compare_lists(number: int, taken: Counter[Id], due: Counter[Id], found: _Findings) -> None:
     extra, lacking = taken - due, due - taken
     if extra:
         found.add(f"step {number} took {_listed(extra)}, which the order does not give it (or not so often)")
@@ -191,17 +229,7 @@ def _compare(number: int, taken: Counter[Id], due: Counter[Id], found: _Findings
 
 def _check_counts(history: _History, found: _Findings) -> None:
     """Whatever the order was: after t samples of a corpus of n, each was taken t // n or t // n + 1 times."""
-    start = history.starts[0]
-    sizes = [c["samples"] for c in start["corpora"]]
-    found.taken = [np.zeros(n, np.int64) for n in sizes]
-    for _, step in history.steps:
-        found.bad += len(step.get("bad", []))
-        for (corpus, sample), n in _ids(step).items():
-            if 0 <= corpus < len(sizes) and 0 <= sample < sizes[corpus]:
-                found.taken[corpus][sample] += n
-            else:
-                found.add(f"step {step['step']} took {_listed(Counter([(corpus, sample)]))}: there is no such sample")
-    for corpus, (times, due) in enumerate(zip(found.taken, _due(start, found.cursor), strict=True)):
+    for corpus, (times, due) in enumerate(zip(found.taken, _due(history.starts[0], found.cursor), strict=True)):
         fewest, most, total = due // len(times), -(-due // len(times)), int(times.sum())
         repeated = int(np.maximum(times - most, 0).sum())
         missing = int(np.maximum(fewest - times, 0).sum())
@@ -246,20 +274,10 @@ class _Order:
             self._ids = mixture_epoch(self.sizes, self.weights, seed, epoch, block_size)
         return self._ids
 
-    def ids(self, epoch: int, first: int, last: int) -> Counter[Id]:
+    def ids(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """[n, 2] (corpus, sample) that the order gives these places of an epoch."""
         corpus, sample = self.epoch(epoch)
-        return Counter(zip(corpus[first:last].tolist(), sample[first:last].tolist(), strict=True))
-
-
-def _ids(step: Mapping[str, Any]) -> Counter[Id]:
-    """What a step took: its samples, and bad ones that aren't listed among them."""
-    taken = Counter(_pairs(step["samples"]))
-    return taken | Counter(_pairs(step.get("bad", [])))
-
-
-def _pairs(ids: list[Any]) -> Iterator[Id]:
-    for i in ids:
-        yield (0, i) if isinstance(i, int) else (int(i[0]), int(i[1]))
+        return np.stack([corpus[first:last], sample[first:last]], axis=1)
 
 
 def _place(cursor: Cursor) -> str:

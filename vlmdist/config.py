@@ -70,7 +70,7 @@ class AdaptConfig(_Section):
 
 class CorpusConfig(_Section):
     shards: PathText
-    """Folder of WebDataset tars with their index."""
+    """Folder of WebDataset tars with their index, or the URL of one (https://, s3://, whatever fsspec knows)."""
     weight: float = Field(1.0, gt=0)
     """Passes over this corpus in one epoch of the run; each sample exactly once per pass."""
 
@@ -82,6 +82,13 @@ class DataConfig(_Section):
     """Folder of shards for the validation loss."""
     test: PathText | None = None
     """Folder of shards that ``vlmdist evaluate`` scores."""
+    cache_dir: PathText | None = None
+    """Folder on this node for shards that lie elsewhere, shared by its ranks and by other runs; null: $VLMDIST_CACHE,
+    else a folder in $SLURM_TMPDIR, else ~/.cache/vlmdist/shards."""
+    cache_bytes: int | None = Field(None, ge=1)
+    """Most bytes of shards in cache_dir; null: 100 GB, at most 80 % of the free space. The shards longest unused go."""
+    run_pipe_commands: bool = False
+    """Run the shell commands (pipe:COMMAND) that an index names as its shards. Only for indexes that you made."""
     shuffle_block_size: int = Field(1, ge=1)
     """Samples that stay together in the shuffle; 1 shuffles single samples, thousands suit network disks."""
     num_workers: int = Field(1, ge=0)
@@ -121,6 +128,9 @@ class TrainConfig(_Section):
     """Micro-steps in one optimizer step; the global batch is then this x per_device_train_batch_size x ranks."""
     per_device_train_batch_size: int = Field(1, ge=1)
     """Most samples in a micro-batch on one rank."""
+    max_tokens_per_micro_batch: int | None = Field(None, ge=8)
+    """Most tokens in a micro-batch on one rank, padding included; short samples then share one, up to
+    per_device_train_batch_size. Planned from text bytes and image sizes: 1 sample of 100 may be longer than planned."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "moondream"] = "cosine"

@@ -1,50 +1,18 @@
 """shards/llava_instruct.py"""
 
-import io
 from pathlib import Path
-from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from corpus_sources import bytes_of, call, left_out, read_samples, refused
-from PIL import Image
+from llava_source import picture, row, write_parquet
 from pyarrow import parquet
 
+from vlmdist.data.index import Corpus
+
 SCRIPT = "llava_instruct"
-
-
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (number * 7 % 256, number * 31 % 256, number // 256)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def row(image: bytes | None, question: str = "What?", answer: str = "That.") -> dict[str, Any]:
-    """One row as the data set on the hub has it, its nulls included."""
-    user = [{"type": "text", "text": question, "index": None}]
-    if image is not None:
-        user.append({"type": "image", "text": None, "index": 0})
-    return {
-        "messages": [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": [{"type": "text", "text": answer, "index": None}]},
-        ],
-        "images": [] if image is None else [{"bytes": image, "path": None}],
-    }
-
-
-PART = pyarrow.struct([("type", pyarrow.string()), ("text", pyarrow.string()), ("index", pyarrow.int64())])
-SCHEMA = pyarrow.schema(
-    [
-        ("messages", pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.list_(PART))]))),
-        ("images", pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))),
-    ]
-)
-
-
-def write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), file, row_group_size=50)
+ALONE = ("--processes", 1)  # starting others takes longer than these tests
 
 
 @pytest.fixture
@@ -60,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_rows_become_samples_with_their_own_bytes(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call(SCRIPT, "--source", source, "--out", out) == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", out) == 0
     train = read_samples(out / "train")
     assert len(train) == 200
     assert len(read_samples(out / "test")) == 10
@@ -71,7 +39,7 @@ def test_rows_become_samples_with_their_own_bytes(source: Path, tmp_path: Path) 
         {"role": "assistant", "content": [{"type": "text", "text": "Answer 130."}]},
     ]
     again = tmp_path / "again"
-    assert call(SCRIPT, "--source", *sorted(source.glob("*.parquet")), "--out", again) == 0
+    assert call(SCRIPT, *ALONE, "--source", *sorted(source.glob("*.parquet")), "--out", again) == 0
     assert bytes_of(again / "train") == bytes_of(out / "train")
 
 
@@ -85,13 +53,13 @@ def test_parquet_written_by_datasets_with_image_features(tmp_path: Path) -> None
     file.parent.mkdir()
     Dataset.from_list([row(picture(i)) for i in range(5)], features=features).to_parquet(str(file))
     out = tmp_path / "out"
-    assert call(SCRIPT, "--source", tmp_path / "train", "--out", out) == 0
+    assert call(SCRIPT, *ALONE, "--source", tmp_path / "train", "--out", out) == 0
     assert [images for _, images in read_samples(out / "train").values()] == [[picture(i)] for i in range(5)]
 
 
 def test_validation_takes_whole_images_from_train(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call(SCRIPT, "--source", source, "--out", out, "--validation", 50) == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", out, "--validation", 50) == 0
     train, validation = read_samples(out / "train"), read_samples(out / "validation")
     assert len(train) + len(validation) == 200
     assert 20 <= len(validation) <= 80  # "about"
@@ -102,7 +70,7 @@ def test_train_rows_with_a_test_image_are_left_out(source: Path, tmp_path: Path)
     write_parquet(source / "train-00002.parquet", [row(picture(503)), row(picture(600)), row(None, "no image")])
     write_parquet(source / "test-00001.parquet", [row(picture(500))])  # twice in test: stays
     out = tmp_path / "out"
-    assert call(SCRIPT, "--source", source, "--out", out) == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", out) == 0
     assert left_out(out) == {"train-00000200": "train-00000200 of train left out: it has an image of test-00000003"}
     assert len(read_samples(out / "train")) == 202
     assert len(read_samples(out / "test")) == 11
@@ -110,11 +78,11 @@ def test_train_rows_with_a_test_image_are_left_out(source: Path, tmp_path: Path)
 
 def test_limit_and_split(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call(SCRIPT, "--source", source, "--out", out, "--limit", 7) == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", out, "--limit", 7) == 0
     assert len(read_samples(out / "train")) == len(read_samples(out / "test")) == 7
     odd = tmp_path / "data.parquet"
     write_parquet(odd, [row(picture(1))])
-    assert call(SCRIPT, "--source", odd, "--split", "validation", "--out", tmp_path / "odd") == 0
+    assert call(SCRIPT, *ALONE, "--source", odd, "--split", "validation", "--out", tmp_path / "odd") == 0
     assert len(read_samples(tmp_path / "odd" / "validation")) == 1
 
 
@@ -126,9 +94,9 @@ def test_bad_rows_are_counted_and_named(source: Path, tmp_path: Path, capsys: py
     odd_part["messages"][0]["content"][0]["type"] = "sound"
     bad = [no_bytes, no_image, odd_part, {"messages": [], "images": []}, row(b"not an image"), row(None, answer="\n")]
     write_parquet(source / "train-00002.parquet", bad)
-    said = refused(capsys, SCRIPT, "--source", source, "--out", tmp_path / "out")
+    said = refused(capsys, SCRIPT, *ALONE, "--source", source, "--out", tmp_path / "out")
     assert "6 of 216 rows" in said
-    assert call(SCRIPT, "--source", source, "--out", tmp_path / "out", "--max-bad-share", 0.1) == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", tmp_path / "out", "--max-bad-share", 0.1) == 0
     assert {name.removeprefix("train/") for name in left_out(tmp_path / "out")} == {
         f"train-{i:08d}" for i in range(200, 206)
     }
@@ -137,12 +105,12 @@ def test_bad_rows_are_counted_and_named(source: Path, tmp_path: Path, capsys: py
 
 def test_wrong_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", tmp_path / "out")
-    assert "no such file" in refused(capsys, SCRIPT, "--source", tmp_path / "gone.parquet", *out)
-    assert "no .parquet file" in refused(capsys, SCRIPT, "--source", tmp_path, *out)
+    assert "no such file" in refused(capsys, SCRIPT, *ALONE, "--source", tmp_path / "gone.parquet", *out)
+    assert "no .parquet file" in refused(capsys, SCRIPT, *ALONE, "--source", tmp_path, *out)
     (tmp_path / "train.parquet").write_bytes(b"PAR1 but not really")
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "test.parquet")
     write_parquet(tmp_path / "data.parquet", [row(picture(1))])
-    said = refused(capsys, SCRIPT, "--source", tmp_path, *out)  # all at once
+    said = refused(capsys, SCRIPT, *ALONE, "--source", tmp_path, *out)  # all at once
     assert "train.parquet: is no readable parquet file" in said
     assert "test.parquet: has no column messages or images; found text" in said
     assert "data.parquet: its name begins with none of" in said
@@ -152,13 +120,51 @@ def test_wrong_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_breaks_in_the_middle_writes_nothing(
+def test_a_file_that_breaks_in_the_middle_is_named(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = source / "train-00001-of-00002-cd34.parquet"
     data = bytearray(file.read_bytes())
     data[100:2000] = bytes(1900)  # pages gone, footer whole
     file.write_bytes(data)
-    said = refused(capsys, SCRIPT, "--source", source, "--out", tmp_path / "out")
-    assert "can't be read to its end" in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    out = tmp_path / "out"
+    said = refused(capsys, SCRIPT, *ALONE, "--source", source, "--out", out)
+    assert f"{file} can't be read to its end" in said
+    assert "2 of 3 parts are finished and kept" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.unfinished", "source"]
+    file.unlink()
+    assert f"{file} is not among the sources any more" in refused(
+        capsys, SCRIPT, *ALONE, "--source", source, "--out", out
+    )
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", out, "--overwrite") == 0
+    assert len(read_samples(out / "train")) == 120
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_dataset_of_the_hub_is_read_through_fsspec(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hub is asked here: the builder is made of a folder, its files get URLs, as those of the hub have."""
+    builder = datasets.load_dataset_builder(str(source), cache_dir=str(tmp_path / "cache"))
+    files = {split: [f"file://{f}" for f in of_split] for split, of_split in builder.config.data_files.items()}
+    assert sorted(files) == ["test", "train"]
+    builder.config.data_files = files
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, cache_dir: builder)
+    assert call(SCRIPT, *ALONE, "--source", "someone/their-set", "--out", tmp_path / "hub") == 0
+    assert call(SCRIPT, *ALONE, "--source", source, "--out", tmp_path / "here") == 0
+    assert bytes_of(tmp_path / "hub" / "train") == bytes_of(tmp_path / "here" / "train")
+
+
+def test_row_groups_of_any_size(tmp_path: Path) -> None:
+    """Small ones share a shard, larger ones fill several; no row is lost at the seams."""
+    for number, (rows, group) in enumerate([(7, 3), (25, 25), (4, 1), (0, 1), (12, 5)]):
+        write_parquet(
+            tmp_path / "source" / f"train-{number}.parquet", [row(None, f"{number} {i}") for i in range(rows)], group
+        )
+    out = tmp_path / "out"
+    assert call(SCRIPT, *ALONE, "--source", tmp_path / "source", "--out", out, "--samples-per-shard", 10) == 0
+    samples = read_samples(out / "train")
+    assert list(samples) == [f"train-{i:08d}" for i in range(48)]
+    asked = [record["messages"][0]["content"][0]["text"] for record, _ in samples.values()]
+    assert asked == [f"{n} {i}" for n, rows in enumerate([7, 25, 4, 0, 12]) for i in range(rows)]
+    assert [s["name"] for s in Corpus.open(out / "train").shards] == [f"shard-{i:06d}.tar" for i in range(6)]

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vlmdist.audit import audit_run, format_audit
+from vlmdist.data.ids import digest_of
 from vlmdist.data.order import Cursor, mixture_epoch, step_slice
 from vlmdist.errors import UserError
 
@@ -21,7 +23,6 @@ def _start(
         "start": True,
         "resume_step": resume_step,
         "world_size": world_size,
-        "epoch_length": 10,
         "corpora": [{"fingerprint": f"f{n}", "samples": n, "weight": w} for n, w in corpora],
         "seed": 5,
         "shuffle_block_size": 1,
@@ -36,9 +37,9 @@ def _steps(start: dict[str, Any], cursor: Cursor, count: int) -> tuple[Rows, Cur
     for step in range(start["resume_step"] + 1, start["resume_step"] + 1 + count):
         corpus, sample = mixture_epoch(sizes, weights, 5, cursor.epoch)
         a, b, after = step_slice(cursor, len(sample), start["global_batch_size"])
-        pairs = list(zip(corpus[a:b].tolist(), sample[a:b].tolist(), strict=True))
-        ids = sorted(s if len(sizes) == 1 else [c, s] for c, s in pairs)
-        rows.append({"step": step, "epoch": cursor.epoch, "taken": cursor.taken, "samples": ids, "bad": []})
+        ids = np.stack([corpus[a:b], sample[a:b]], axis=1)
+        at = {"step": step, "epoch": cursor.epoch, "taken": cursor.taken}
+        rows.append({**at, "count": len(ids), "ids": digest_of(ids)})
         cursor = after
     return rows, cursor
 
@@ -54,6 +55,15 @@ def audit(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return found
 
     return write_and_audit
+
+
+def _list_ids(start: dict[str, Any], row: dict[str, Any]) -> list[list[int]]:
+    """Write the row's ids out, as a run does that took others than it should; the list may then be spoilt."""
+    sizes, weights = zip(*((c["samples"], c["weight"]) for c in start["corpora"]), strict=True)
+    corpus, sample = mixture_epoch(sizes, weights, 5, row["epoch"])
+    span = slice(row["taken"], row["taken"] + row["count"])
+    row["samples"] = [[c, s] for c, s in zip(corpus[span].tolist(), sample[span].tolist(), strict=True)]
+    return row["samples"]
 
 
 def _honest(count: int = 7) -> Rows:
@@ -82,8 +92,8 @@ def test_killed_and_resumed_with_other_ranks_and_batch_is_clean(audit: Callable[
 def test_mixture_is_clean_and_bad_samples_keep_their_slot(audit: Callable[..., dict[str, Any]]) -> None:
     start = _start(corpora=((10, 1.0), (7, 0.5)))
     rows, _ = _steps(start, Cursor(), 9)
-    rows[2]["bad"] = [rows[2]["samples"].pop()]
-    rows[3]["bad"] = [rows[3]["samples"][0]]
+    rows[2]["bad"] = [[0, 3]]
+    rows[3]["bad"] = [[1, 0]]
     found = audit([start, *rows])
     assert found["clean"], found["problems"]
     assert found["bad_samples"] == 2
@@ -91,7 +101,7 @@ def test_mixture_is_clean_and_bad_samples_keep_their_slot(audit: Callable[..., d
 
 def test_a_repeated_id_is_found(audit: Callable[..., dict[str, Any]]) -> None:
     rows = _honest()
-    rows[2]["samples"][0] = rows[1]["samples"][0]
+    _list_ids(rows[0], rows[2])[0] = _list_ids(rows[0], rows[1])[0]
     found = audit(rows)
     assert not found["clean"]
     assert any("step 2 took 1 sample" in p and "does not give it" in p for p in found["problems"])
@@ -101,11 +111,12 @@ def test_a_repeated_id_is_found(audit: Callable[..., dict[str, Any]]) -> None:
 
 def test_a_doubled_and_a_missing_id_are_counted(audit: Callable[..., dict[str, Any]]) -> None:
     rows = _honest(6)
-    rows[3]["samples"].append(rows[3]["samples"][0])
+    taken = _list_ids(rows[0], rows[3])
+    taken.append(taken[0])
     found = audit(rows)
     assert (found["clean"], found["repeated"], found["missing"]) == (False, 1, 0)
     rows = _honest(6)
-    del rows[3]["samples"][0]
+    del _list_ids(rows[0], rows[3])[0]
     found = audit(rows)
     assert (found["clean"], found["repeated"], found["missing"]) == (False, 0, 1)
 
@@ -120,7 +131,10 @@ def test_a_doubled_and_a_missing_id_are_counted(audit: Callable[..., dict[str, A
             "sample 4 of epoch 0, the one before it ended at sample 8",
         ),
         (lambda rows: rows[3].update(taken=99), "outside an epoch of 10 samples"),
-        (lambda rows: rows[3]["samples"].__setitem__(0, 10), "there is no such sample"),
+        (lambda rows: rows[3].update(samples=[[0, 10]]), "there is no such sample"),
+        (lambda rows: rows[3].update(samples=[[7, 1]]), "there is no such sample"),
+        (lambda rows: rows[3].update(ids=rows[2]["ids"]), "step 3 took 2 samples, unlisted, that are not"),
+        (lambda rows: rows[3].update(count=1), "step 3 took 1 samples, unlisted, that are not"),
         (lambda rows: rows.insert(4, {**_start(3), "seed": 6}), "start 1 has another seed"),
         (lambda rows: rows.insert(4, _start(5)), "step 4 follows step 3"),
     ],
@@ -141,7 +155,9 @@ def test_each_kind_of_disorder_is_found(
 def test_run_file_and_empty_logs(audit: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert not audit(_honest(), run_file="seed: 6\n")["clean"]
     assert "nothing to prove" in audit([_start()])["problems"][0]
-    for broken in ([{"step": 1}], [{"start": True}], [[1]], [_start(), {"step": 1, "epoch": 0, "taken": 0}]):
+    at = {"step": 1, "epoch": 0, "taken": 0}
+    unread = [at, {**at, "count": 1}, {**at, "count": 1, "ids": "", "bad": [3]}]
+    for broken in ([{"step": 1}], [{"start": True}], [[1]], *([_start(), row] for row in unread)):
         with pytest.raises(UserError, match=r"steps.jsonl: "):
             audit(broken)
     (tmp_path / "steps.jsonl").unlink()
@@ -149,3 +165,12 @@ def test_run_file_and_empty_logs(audit: Callable[..., dict[str, Any]], tmp_path:
         audit_run(tmp_path)
     with pytest.raises(UserError, match="no such run folder"):
         audit_run(tmp_path / "nothing")
+
+
+def test_digest_tells_multisets_apart() -> None:
+    ids = np.array([[0, 1], [0, 2], [1, 1]])
+    same = digest_of(ids[::-1])
+    assert digest_of(ids) == same
+    for other in (ids[:2], ids[[0, 0, 1, 2]], ids[:, ::-1], ids + [[0, 0], [0, 0], [0, 1]], ids[[0, 0, 2]]):
+        assert digest_of(other) != same
+    assert digest_of(ids[:0]) == "0" * 32

@@ -1,104 +1,28 @@
 """Tars that anyone wrote get an index; a corpus that isn't what its index says is refused with the mending command."""
 
-import contextlib
-import io
 import os
 import pickle
 import shutil
+import signal
 import subprocess
-import tarfile
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 
 from vlmdist.data.build import build_index
 from vlmdist.data.index import Corpus
-from vlmdist.data.tar import BrokenTar, walk_tar
+from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
+from vlmdist.data.shard_check import header_differences
 from vlmdist.errors import BadSample, UserError
 
 Make = Callable[..., bytes]
 WriteTar = Callable[..., Path]
-
-
-def _tarfiles_view(path: Path) -> list[tuple[str, int, int]]:
-    with tarfile.open(path) as tar:
-        return [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-
-
-def _our_view(path: Path) -> list[tuple[str, int, int]]:
-    return [(m.name, m.offset, m.length) for m in walk_tar(memoryview(path.read_bytes()))]
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_walk_agrees_with_tarfile(format: int, tmp_path: Path, write_tar: WriteTar) -> None:
-    names = ["a.json", "ordner/größe.json", "x" * 90 + "/" + "y" * 60 + ".json", "0.1.jpg", "leer.txt"]
-    if format != tarfile.USTAR_FORMAT:
-        names += ["z" * 300 + ".json", "d/" * 100 + "k.0.jpg"]
-    members = [(name, bytes(n * 300)) for n, name in enumerate(names)]
-    path = write_tar(tmp_path / "t.tar", members, format)
-    assert _our_view(path) == _tarfiles_view(path)
-    assert [name for name, _, _ in _our_view(path)] == names
-
-
-@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no system tar")
-@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
-def test_walk_agrees_with_tarfile_on_system_tars(format: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "sub").mkdir(parents=True)
-    for name in ("b.json", "sub/c.json", "sub/ü.0.jpg", "empty.txt"):
-        (source / name).write_bytes(b"" if name == "empty.txt" else name.encode() * 400)
-    if format not in ("v7", "ustar"):
-        (source / ("long" * 40 + ".json")).write_bytes(b"{}")
-    (source / "link.json").symlink_to("b.json")
-    os.link(source / "b.json", source / "hard.json")
-    path = tmp_path / "t.tar"
-    subprocess.run(["tar", f"--format={format}", "-cf", path, "-C", source, "."], check=True)
-    assert _our_view(path) == _tarfiles_view(path)
-    assert len(_our_view(path)) >= 4
-
-
-def test_pax_size_and_global_headers(tmp_path: Path) -> None:
-    path = tmp_path / "t.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "für alle"}) as tar:
-        info = tarfile.TarInfo("a.json")
-        info.size = 5
-        info.pax_headers = {"mtime": "1.5", "VENDOR.note": "x=y\nz"}
-        tar.addfile(info, io.BytesIO(b"hello"))
-    assert _our_view(path) == _tarfiles_view(path)
-
-
-def test_tars_put_one_after_the_other_lose_nothing(tmp_path: Path, write_tar: WriteTar) -> None:
-    one = write_tar(tmp_path / "1.tar", [("a.json", b"1")])
-    two = write_tar(tmp_path / "2.tar", [("b.json", b"22")])
-    both = one.read_bytes() + two.read_bytes()
-    assert [m.name for m in walk_tar(memoryview(both))] == ["a.json", "b.json"]
-
-
-@pytest.mark.parametrize("place", range(0, 2048, 37))
-def test_damaged_or_cut_tars_are_never_a_traceback(place: int, tmp_path: Path, write_tar: WriteTar) -> None:
-    path = write_tar(tmp_path / "t.tar", [("a.json", b"x" * 700), ("n" * 200 + ".json", b"y")], tarfile.PAX_FORMAT)
-    data = path.read_bytes()
-    flipped = bytearray(data)
-    flipped[place] ^= 0x55
-    for damaged in (data[:place], bytes(flipped)):
-        with contextlib.suppress(BrokenTar):
-            assert all(m.offset + m.length <= len(damaged) for m in walk_tar(memoryview(damaged)))
-
-
-def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    if shutil.which("tar") is None:
-        pytest.skip("there is no system tar")
-    with open(tmp_path / "hole.json", "wb") as f:
-        f.truncate(1 << 20)
-        f.write(b"x")
-    for format in ("gnu", "posix"):
-        path = tmp_path / f"{format}.tar"
-        subprocess.run(["tar", "-S", f"--format={format}", "-cf", path, "-C", tmp_path, "hole.json"], check=True)
-        with pytest.raises(BrokenTar, match=r"sparse"):
-            list(walk_tar(memoryview(path.read_bytes())))
 
 
 def test_foreign_tar_is_read(tmp_path: Path, write_tar: WriteTar, record: Make, jpeg: Make) -> None:
@@ -304,7 +228,7 @@ def test_pickled_and_forked_corpora_read_the_same(write_corpus: Callable[..., Pa
 
 
 def test_files_stay_few_with_many_shards(write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmdist.data.index._MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("vlmdist.data.shard_reader._MAX_OPEN_SHARDS", 3)
     corpus = Corpus.open(write_corpus(24, max_samples_per_shard=1))
     before = len(os.listdir("/proc/self/fd"))
     for i in range(24):
@@ -318,3 +242,134 @@ def test_no_permission_is_told(write_corpus: Callable[..., Path]) -> None:
     (folder / "shard-000000.tar").chmod(0)
     with pytest.raises(UserError, match="no permission|can't be read"):
         Corpus.open(folder)
+
+
+def test_any_number_of_processes_makes_the_same_index(
+    tmp_path: Path, write_corpus: Callable[..., Path], write_tar: WriteTar, record: Make, jpeg: Make
+) -> None:
+    """Reasons and extensions are numbered by their first occurrence over all shards; keys repeat across shards."""
+    folder = write_corpus(10)
+    write_tar(folder / "a.tar", [("k001.json", record()), ("x.JPG", jpeg()), ("y.json", b"{"), ("y.txt", b"")])
+    write_tar(folder / "z.tar", [("z.json", b"["), ("k002.json", record()), ("k003.png", b"")])
+    for headers_only in (False, True):
+        build_index(folder, headers_only=headers_only)
+        alone = (folder / INDEX_NAME).read_bytes()
+        corpus = build_index(folder, headers_only=headers_only, processes=3)
+        assert (folder / INDEX_NAME).read_bytes() == alone
+        reasons = [corpus.quarantine_reason(i) for i in range(len(corpus))]
+        assert reasons.count("its key occurs before, in a.tar") == 1
+        assert reasons.count("its key occurs before, in shard-000000.tar") == 1
+        assert reasons.count("it has no .json member") == 2
+
+
+def test_broken_tars_are_told_by_all_processes(tmp_path: Path, write_tar: WriteTar, record: Make) -> None:
+    _all_broken(tmp_path, write_tar, record)
+    with pytest.raises(UserError) as alone:
+        build_index(tmp_path)
+    with pytest.raises(UserError) as shared:
+        build_index(tmp_path, processes=2)
+    assert shared.value.problems == alone.value.problems
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_index_leaves_no_process_and_no_file(number: signal.Signals, tmp_path: Path) -> None:
+    """Pipes stand for shards: opening them lasts for ever."""
+    for name in ("0.tar", "1.tar"):
+        os.mkfifo(tmp_path / name)
+    program = (
+        "import pathlib, sys; from vlmdist.data import build; from vlmdist import cli\n"
+        "build.list_shards = lambda folder: sorted(folder.glob('*.tar'))\n"
+        f"if __name__ == '__main__': sys.exit(cli.main(['index', {str(tmp_path)!r}, '--processes', '2', '--json']))\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, script], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    readers = _wait_for(lambda: [c for c in psutil.Process(parent.pid).children() if len(c.threads()) > 1][:2], 2)
+    if number == signal.SIGINT:
+        os.killpg(parent.pid, number)  # as a terminal does
+    else:
+        parent.kill()
+    _, told = parent.communicate(timeout=30)
+    assert parent.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in told
+    gone, alive = psutil.wait_procs(readers, timeout=10)
+    assert (len(gone), alive) == (2, [])
+    assert not list(tmp_path.glob("*index*"))
+
+
+def _wait_for(find: Callable[[], list], wanted: int) -> list:
+    end = time.monotonic() + 60
+    while len(found := find()) < wanted:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
+def test_headers_alone_make_an_index_to_train_with(
+    tmp_path: Path, write_tar: WriteTar, write_corpus: Callable[..., Path], record: Make, jpeg: Make
+) -> None:
+    folder = write_corpus(10)
+    members = [("bad.json", b"{not json"), ("good.json", record()), ("good.txt", b"?" * 50), ("none.jpg", jpeg())]
+    write_tar(folder / "z.tar", members)
+    whole = build_index(folder)
+    expected = {i: whole.read(i) for i in np.flatnonzero(~whole.quarantined).tolist()}
+    assert read_index(folder / INDEX_NAME).verified
+    corpus = build_index(folder, headers_only=True)
+    assert not read_index(folder / INDEX_NAME).verified
+    assert corpus.fingerprint != whole.fingerprint
+    assert {i: corpus.read(i) for i in expected} == expected
+    assert corpus.num_images.tolist() == whole.num_images.tolist()
+    assert (corpus.text_bytes[~whole.quarantined] >= whole.text_bytes[~whole.quarantined]).all()
+    assert [corpus.quarantine_reason(i) for i in (10, 11, 12)] == [None, None, "it has no .json member"]
+    with pytest.raises(BadSample, match="broken JSON"):
+        corpus.read(10)
+    assert build_index(folder).fingerprint == whole.fingerprint  # completed
+
+
+def test_the_fast_and_the_careful_way_make_the_same_index(
+    write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_corpus(10)
+    build_index(folder, headers_only=True)
+    fast = (folder / INDEX_NAME).read_bytes()
+    monkeypatch.setattr("vlmdist.data.build.plain_samples", lambda shard: None)
+    build_index(folder, headers_only=True)
+    assert (folder / INDEX_NAME).read_bytes() == fast
+
+
+def test_another_tar_of_the_same_size_is_told_by_its_headers(
+    tmp_path: Path, write_corpus: Callable[..., Path], write_tar: WriteTar
+) -> None:
+    folder = write_corpus(10)
+    long_name = "ordner/" + "lang" * 50
+    write_tar(folder / "x.tar", [(f"{long_name}{i}.json", b"x" * (700 + i)) for i in range(40)])
+    build_index(folder)
+    tables = read_index(folder / INDEX_NAME)
+    names = [s["name"] for s in tables.shards]
+    assert [header_differences(folder, tables, i) for i in range(len(names))] == [None] * len(names)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert header_differences(copy, tables, 0) is None
+
+    def told(number: int, members: list[tuple[str, bytes]]) -> str | None:
+        size = (folder / names[number]).stat().st_size
+        path = write_tar(copy / names[number], members)
+        assert path.stat().st_size <= size
+        os.truncate(path, size)
+        return header_differences(copy, tables, number)
+
+    number = names.index("x.tar")
+    assert "the tar one of 1 bytes" in (told(number, [(f"{long_name}{i}.json", b"x") for i in range(40)]) or "")
+    same_places = _members_of(folder / names[0], tables)
+    assert told(0, same_places) is None
+    renamed = [(name.replace("k000", "k00X"), data) for name, data in same_places]
+    assert "the tar 'k00X.json'" in (told(0, renamed) or "")
+    assert "the tar no member" in (told(0, same_places[:2]) or "")
+
+
+def _members_of(path: Path, tables: IndexTables) -> list[tuple[str, bytes]]:
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        return [(m.name, tar.extractfile(m).read()) for m in tar]

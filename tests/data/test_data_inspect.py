@@ -54,3 +54,17 @@ def test_bad_samples_are_listed_harmlessly(
     text = format_inspection(found)
     assert "\x1b" not in text
     assert "bad0\\x1b[31m: it has no .json member" in text
+
+
+def test_an_index_from_headers_says_what_is_not_known(write_corpus: Callable[..., Path]) -> None:
+    folder = write_corpus(10)
+    found = inspect_corpus(build_index(folder, headers_only=True))
+    assert (found["samples"], found["images"], found["image_width"], found["identical_images"]) == (10, 9, None, None)
+    text = format_inspection(found)
+    assert "not verified  the index was made from headers only" in text
+    assert f"with: vlmdist index {folder}" in text
+    assert ".json, bytes" in text
+    assert "identical" not in text
+    whole = inspect_corpus(build_index(folder))
+    assert whole["verified"]
+    assert "not verified" not in format_inspection(whole)

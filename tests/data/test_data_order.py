@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdist.data.order import Cursor, epoch_order, mixture_epoch, mixture_length, num_steps, step_slice
+from vlmdist.data.order import Cursor, epoch_order, mixture_epoch, mixture_length, step_slice, steps_left
 from vlmdist.errors import UserError
 
 GOLDEN_PLAIN = [0, 1, 9, 4, 2, 3, 6, 8, 7, 5]
@@ -111,11 +111,27 @@ def test_steps_cover_epochs_also_when_the_batch_size_changes(length: int, batch_
 
 def test_steps_of_one_epoch_and_the_last_is_shorter() -> None:
     assert step_slice(Cursor(2, 8), 10, 4) == (8, 10, Cursor(3, 0))
-    assert num_steps(10, 4, 1) == 3
-    assert num_steps(10, 4, 2) == 6
-    assert num_steps(10, 4, 0.5) == 2
-    assert num_steps(100, 10, 0.1) == 1
-    assert num_steps(1000, 10, 0.29) == 29
-    assert num_steps(10, 4, 0.01) == 1
     with pytest.raises(ValueError, match="no step"):
         step_slice(Cursor(0, 10), 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "epochs", "steps"),
+    [(10, 4, 1, 3), (10, 4, 2, 6), (10, 4, 0.5, 2), (100, 10, 0.1, 1), (1000, 10, 0.29, 29), (10, 4, 0.01, 1)],
+)
+def test_steps_of_a_run(length: int, batch: int, epochs: float, steps: int) -> None:
+    assert steps_left(Cursor(), [length] * 3, batch, epochs) == steps
+
+
+def test_steps_left_from_anywhere_with_another_batch_and_epochs_of_unlike_length() -> None:
+    lengths = [10, 11, 10]
+    assert steps_left(Cursor(), lengths, 5, 2.5) == 2 + 3 + 1
+    assert steps_left(Cursor(1, 5), lengths, 5, 2.5) == 2 + 1
+    assert steps_left(Cursor(1, 5), lengths, 2, 2.5) == 3 + 3
+    assert steps_left(Cursor(2, 6), lengths, 2, 2.5) == 0
+    assert steps_left(Cursor(3, 0), lengths, 2, 2.5) == 0
+    for batch in (1, 3, 4, 7):  # and stepping there takes as many
+        cursor, taken = Cursor(1, 4), 0
+        while cursor.epoch < 3:
+            cursor, taken = step_slice(cursor, lengths[cursor.epoch], batch)[2], taken + 1
+        assert taken == steps_left(Cursor(1, 4), lengths, batch, 3)

@@ -6,6 +6,7 @@ import pytest
 from tiny_models import train_tiny_tokenizer
 from tiny_run import write_lines
 
+from vlmdist.data.costs import apply_rule, measure_rule
 from vlmdist.data.index import Corpus
 from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
@@ -26,17 +27,22 @@ def prompter() -> Prompter:
     return Prompter(train_tiny_tokenizer(["Expand: MI BR", "milk bread##milk##-##Dairy"]), None, "assistant", 512)
 
 
-def streams(corpus: Corpus, prompter: Prompter, world_size: int, workers: int, micro: int = 2) -> list[TrainStream]:
+def streams(
+    corpus: Corpus, prompter: Prompter, world_size: int, workers: int, micro: int = 2, max_tokens: int | None = None
+) -> list[TrainStream]:
     mixture = Mixture([corpus], [1.0], seed=3, shuffle_block_size=4)
+    rule = measure_rule([corpus], mixture.first_samples(Cursor(), 64), prompter, patch_work=0.0)
     return [
         TrainStream(
             mixture,
             prompter,
+            [apply_rule(rule, corpus, prompter)],
             rank=rank,
             world_size=world_size,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=micro,
-            total_steps=mixture.num_steps(GLOBAL_BATCH, 2),
+            max_tokens_per_micro_batch=max_tokens,
+            total_steps=mixture.steps_left(Cursor(), GLOBAL_BATCH, 2),
             num_workers=workers,
             needs_image=False,
         )
@@ -80,6 +86,20 @@ def test_stopped_anywhere_and_resumed_at_another_number_of_ranks(corpus: Corpus,
                 found.append(sorted(n for s in of_ranks for mb in s.micro_batches for _, n in mb.sample_numbers))
                 cursor = of_ranks[0].next_cursor
         assert found == undisturbed
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (3, 1)])
+def test_a_token_budget_changes_micro_batches_and_nothing_else(
+    corpus: Corpus, prompter: Prompter, world_size: int, workers: int
+) -> None:
+    undisturbed = samples_by_step(streams(corpus, prompter, 1, 0), Cursor(0, 0), 0)
+    budget = 400
+    ranks = streams(corpus, prompter, world_size, workers, micro=7, max_tokens=budget)
+    assert samples_by_step(ranks, Cursor(0, 0), 0) == undisturbed
+    sizes = [mb.inputs["input_ids"].shape for r in ranks for s in r.steps(Cursor(0, 0), 0) for mb in s.micro_batches]
+    assert max(rows for rows, _ in sizes) > 2
+    over = [rows * tokens for rows, tokens in sizes if rows > 1 and rows * tokens > budget]
+    assert len(over) <= 0.05 * len(sizes)  # text lengths are estimated
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

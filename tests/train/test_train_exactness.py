@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,28 @@ def test_resume_at_another_number_of_ranks(tiny_world: Path, tmp_path: Path) -> 
     assert _order_of(tmp_path / "whole") == _order_of(tmp_path / "parts")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_and_resumed_through_every_world_size(tiny_world: Path, tmp_path: Path) -> None:
+    """The real engine at 2, 3, 8, 4, 1 ranks with 0 and 2 workers and another global batch each, killed at random."""
+    rng = random.Random(0)
+    file = write_run(
+        tiny_run(tiny_world, tmp_path / "run", train={"num_train_epochs": 6, "save_steps": 3}), tmp_path / "run.yaml"
+    )
+    for ranks, workers, batch in [(2, 2, 8), (3, 0, 12), (8, 0, 5), (4, 2, 8), (1, 2, 7), (2, 0, 6)]:
+        checkpoint, _ = RunFolder(tmp_path / "run").newest_whole_checkpoint()
+        done = json.loads((checkpoint / "manifest.json").read_text())["step"] if checkpoint else 0
+        shape = [f"data.num_workers={workers}", f"train.global_batch_size={batch}"]
+        (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)  # only this start's steps are waited for
+        _kill_after_step(file, tmp_path / "run", done + rng.randint(4, 6), ranks, shape)
+    run_vlmdist(2, "train", file)
+    audit = audit_run(tmp_path / "run")
+    assert audit["clean"], audit["problems"]
+    assert audit["world_sizes"] == [2, 3, 8, 4, 1, 2, 2]
+    assert (audit["epoch"], audit["taken"]) == (6, 0)
+    assert (audit["corpora"][0]["fewest_times"], audit["corpora"][0]["most_times"]) == (6, 6)
+
+
 def test_stop_signal_saves_and_exits_85(tiny_world: Path, tmp_path: Path) -> None:
     tree = tiny_run(tiny_world, tmp_path / "run", train={"num_train_epochs": 40, "save_steps": 1000})
     file = write_run(tree, tmp_path / "run.yaml")
@@ -137,15 +161,15 @@ def test_stop_signal_saves_and_exits_85(tiny_world: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == checkpoint.name
 
 
-def _order_of(run_dir: Path) -> list[list[int]]:
-    steps = {r["step"]: r["samples"] for r in read_jsonl(run_dir / "steps.jsonl") if "step" in r}
+def _order_of(run_dir: Path) -> list[str]:
+    steps = {r["step"]: r["ids"] for r in read_jsonl(run_dir / "steps.jsonl") if "step" in r}
     return [steps[s] for s in sorted(steps)]
 
 
-def _kill_after_step(run_file: Path, run_dir: Path, step: int) -> None:
-    """Start on two ranks and SIGKILL the launcher and every rank once ``step`` is done."""
+def _kill_after_step(run_file: Path, run_dir: Path, step: int, ranks: int = 2, overrides: Sequence[str] = ()) -> None:
+    """Start on so many ranks and SIGKILL the launcher and every rank once ``step`` is done."""
     process = subprocess.Popen(
-        vlmdist_command(2, ["train", run_file]),
+        vlmdist_command(ranks, ["train", run_file, *overrides]),
         env=rank_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

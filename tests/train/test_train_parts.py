@@ -111,10 +111,10 @@ def test_bad_samples_are_counted_named_and_change_nothing_else(image_world: Path
         assert sorted(b["key"] for b in bad) == ["s001", "s004"]  # once each, although they came by twice
         assert all("shard-000000.tar" in b["shard"] and b["why"] for b in bad)
         steps = [r for r in read_jsonl(run_dir / "steps.jsonl") if "step" in r]
-        assert sum(len(r["samples"]) for r in steps) == 2 * 19
-        assert sum(len(r["bad"]) for r in steps) == 2 * 2
+        assert sum(r["count"] for r in steps) == 2 * 21  # each keeps its slot
+        assert sum(len(r.get("bad", [])) for r in steps) == 2 * 2
         assert audit_run(run_dir)["clean"]
-        orders.append([r["samples"] for r in steps])
+        orders.append([r["ids"] for r in steps])
     assert orders[0] == orders[1]
 
 
@@ -145,8 +145,8 @@ def test_mixture_of_two_corpora(tiny_world: Path, tmp_path: Path) -> None:
     run_vlmdist(2, "train", write_run(tree, tmp_path / "run.yaml"))
     audit = audit_run(tmp_path / "run")
     assert audit["clean"], audit["problems"]
-    taken = [tuple(s) for r in read_jsonl(tmp_path / "run" / "steps.jsonl") if "step" in r for s in r["samples"]]
-    assert sorted(taken) == sorted([(0, i) for i in range(53)] * 2 + [(1, i) for i in range(11)] * 4)
+    taken = [(c["samples"], c["fewest_times"], c["most_times"]) for c in audit["corpora"]]
+    assert taken == [(53, 2, 2), (11, 4, 4)]
 
 
 def test_changed_settings_and_data_are_refused_on_resume(tiny_world: Path, tmp_path: Path) -> None:

@@ -1,25 +1,29 @@
 """From encoded samples to the tensors of one micro-batch. B rows, T tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vlmdist.data.prompt import Encoded
+from vlmdist.data.raw_pixels import Feature, concatenate
 
 NOT_IN_LOSS = -100  # transformers' convention
 
 
 @dataclass
 class MicroBatch:
-    inputs: dict[str, torch.Tensor]
-    """What the model's forward takes: input_ids and attention_mask [B, T], pixel_values, ..."""
+    inputs: dict[str, Any]
+    """What the model's forward takes: input_ids and attention_mask [B, T], pixel_values, ... Tensors; pixels may be
+    RawPixels until ``to`` makes tensors of them."""
     labels: torch.Tensor  # [B, T]; labels[b, t] is input_ids[b, t] where that token is in the loss, else NOT_IN_LOSS
     sample_numbers: list[tuple[int, int]] = field(default_factory=list)
     """(corpus, sample) of each real row; rows without a number are placeholders."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """Samples of this micro-batch that were left out: corpus, sample, shard, key, why."""
+    failure: str | None = None
+    """Why the run can't go on: shards can't be had any more."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -31,11 +35,17 @@ class MicroBatch:
         return int(self.inputs["attention_mask"][: len(self.sample_numbers)].sum())
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """On the device, pixels normalised."""
         moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        return MicroBatch(moved, self.labels.to(device, non_blocking=True), self.sample_numbers, self.bad)
+        return replace(self, inputs=moved, labels=self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "MicroBatch":
+        """In memory from which the device copies without the host waiting; what DataLoader(pin_memory=True) calls."""
+        pinned = {k: v.pin_memory() for k, v in self.inputs.items()}
+        return replace(self, inputs=pinned, labels=self.labels.pin_memory())
 
 
-def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, Any], torch.Tensor]:
     """Training layout: inputs and labels, padded at the end to the longest row."""
     length = max(len(r.input_ids) for r in rows)
     inputs = {
@@ -48,7 +58,7 @@ def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, tor
     return inputs, _stack(labels, length, NOT_IN_LOSS, left=False)
 
 
-def pad_left(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_left(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
     """Generation layout: inputs padded at the start, so that every answer begins at the same column."""
     length = max(len(r.input_ids) for r in rows)
     return {
@@ -72,7 +82,7 @@ def _per_token(rows: Sequence[Encoded], length: int, *, left: bool) -> dict[str,
     return {n: _stack([r.per_token.get(n, [0] * len(r.input_ids)) for r in rows], length, 0, left=left) for n in names}
 
 
-def _features(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+def _features(rows: Sequence[Encoded]) -> dict[str, Feature]:
     """Image inputs of all rows, one after the other; rows without images add nothing."""
     names = sorted({name for r in rows for name in r.features})
-    return {n: torch.cat([r.features[n] for r in rows if n in r.features]) for n in names}
+    return {n: concatenate([r.features[n] for r in rows if n in r.features]) for n in names}

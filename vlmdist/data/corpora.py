@@ -10,7 +10,6 @@ OUT appears when everything is written, by one rename.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,12 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vlmdist.data.account import CORPUS_FILE, Account
 from vlmdist.data.shards import ShardWriter
-from vlmdist.errors import BadSample, RunFailed, UserError
-
-CORPUS_FILE = "corpus.json"
-LEFT_OUT_FILE = "left_out.jsonl"
-NUM_NAMED = 20  # problems named on the screen; the rest is in LEFT_OUT_FILE
+from vlmdist.errors import BadSample, RunFailed, StopRequested, UserError
 
 
 @dataclass(frozen=True)
@@ -54,22 +50,18 @@ def question_and_answer(question: str, answer: str, num_images: int = 0) -> list
 class CorpusWriter:
     """Writes the splits of one corpus and keeps account of what was left out.
 
-    max_bad_share: over this share of unusable rows nothing is written (UserError). Rows left out because they would
-    leak don't count as unusable.
+    max_bad_share: over this share of unusable rows nothing is written (UserError).
     """
 
     def __init__(self, out: Path, *, overwrite: bool, about: dict[str, Any], max_bad_share: float = 0.01):
         self.out = out
-        self.max_bad_share = max_bad_share
         self._about = about
         self._overwrite = overwrite
-        self._bad: list[dict[str, str]] = []
-        self._leaks: list[dict[str, str]] = []
-        self._written: dict[str, dict[str, int]] = {}
+        self._account = Account(max_bad_share)
         self._started = time.monotonic()
 
     def __enter__(self) -> "CorpusWriter":
-        _check_out(self.out, self._overwrite)
+        check_out(self.out, self._overwrite)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._staging = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
@@ -86,14 +78,12 @@ class CorpusWriter:
 
     def leave_out_bad(self, name: str, why: str) -> None:
         """Count a row that can't be used."""
-        self._bad.append({"name": name, "why": why})
+        self._account.leave_out_bad(name, why)
 
     def leave_out_leaks(self, sentences: Iterable[str]) -> None:
-        """Note rows left out so that no split leaks into another; the first NUM_NAMED are said on the screen."""
+        """Note rows left out so that no split leaks into another."""
         for sentence in sentences:
-            if len(self._leaks) < NUM_NAMED:
-                print(f"leak: {sentence}", flush=True)
-            self._leaks.append({"name": sentence.split(" of ")[0], "why": sentence})
+            self._account.leave_out_leak(sentence.split(" of ")[0], sentence)
 
     def write_split(self, split: str, rows: Iterable[Row], total: int | None = None) -> None:
         """Write one split with a progress bar; a row that the shard format refuses is counted."""
@@ -116,54 +106,23 @@ class CorpusWriter:
                     self.leave_out_bad(f"{split}/{row.key}", str(e))
             for split, writer in writers.items():
                 counts[split].update(samples=writer.num_samples, bytes=writer.num_bytes)
-                if not writer.num_samples:
-                    self.refuse_empty(f"{split}: the source has no usable sample for this split")
-        self._written.update(counts)
+            self._account.written.update(counts)
+            self._account.refuse_empty(counts)
 
     def refuse_empty(self, problem: str) -> NoReturn:
         """Raise UserError: there is nothing to write; the unusable rows are the reason where there are any."""
-        self._refuse_if_too_bad()
+        self._account.refuse_if_too_bad()
         raise UserError(problem)
 
     def _finish(self) -> None:
-        self._refuse_if_too_bad()
-        left_out = self._bad + self._leaks
-        record = {**self._about, "splits": self._written, "unusable": len(self._bad), "leaks": len(self._leaks)}
+        self._account.refuse_if_too_bad()
         try:
-            _write_text(self._staging / CORPUS_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            if left_out:
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in left_out)
-                _write_text(self._staging / LEFT_OUT_FILE, "".join(lines))
-            self._staging.chmod(0o777 & ~_umask())
+            self._account.write(self._staging, self._about)
+            open_to_all(self._staging)
             _put_in_place(self._staging, self.out)
         except OSError as e:
             raise RunFailed(f"--out {self.out} can't be written: {e.strerror or e}") from None
-        self._print_table()
-
-    def _refuse_if_too_bad(self) -> None:
-        num_rows = len(self._bad) + sum(w["samples"] for w in self._written.values())
-        if len(self._bad) > self.max_bad_share * num_rows:
-            named = [f"{row['name']}: {row['why']}" for row in self._bad[:NUM_NAMED]]
-            more = [f"... and {len(self._bad) - NUM_NAMED} more"] if len(self._bad) > NUM_NAMED else []
-            raise UserError(
-                [
-                    f"{len(self._bad)} of {num_rows} rows can't be used, over the limit of {self.max_bad_share:.1%}: "
-                    "mend the source or raise --max-bad-share",
-                    *named,
-                    *more,
-                ]
-            )
-
-    def _print_table(self) -> None:
-        print(f"{'split':<12}{'samples':>10}{'images':>10}{'MB':>10}")
-        for split, counts in self._written.items():
-            print(f"{split:<12}{counts['samples']:>10}{counts['images']:>10}{counts['bytes'] / 1e6:>10.1f}")
-        for row in self._bad[:NUM_NAMED]:
-            print(f"left out: {row['name']}: {row['why']}")
-        if self._bad or self._leaks:
-            where = self.out / LEFT_OUT_FILE
-            print(f"left out: {len(self._bad)} unusable, {len(self._leaks)} that would leak; all named in {where}")
-        print(f"{self.out} written in {time.monotonic() - self._started:.1f} s")
+        self._account.print_table(self.out, time.monotonic() - self._started)
 
 
 def make_key(name: str) -> str:
@@ -236,6 +195,9 @@ def run_script(script: Callable[[list[str] | None], None], arguments: list[str] 
         return _tell(e.problems, UserError.exit_code)
     except RunFailed as e:
         return _tell([str(e)], RunFailed.exit_code)
+    except StopRequested as e:
+        print(e, file=sys.stderr)
+        return StopRequested.exit_code
     except OSError as e:
         return _tell([f"{e.filename}: {e.strerror}" if e.filename else str(e)], RunFailed.exit_code)
     except KeyboardInterrupt:
@@ -256,7 +218,8 @@ def _tell(problems: list[str], exit_code: int) -> int:
     return exit_code
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """UserError where --out holds something that is not to be replaced."""
     if not os.path.lexists(out):
         return
     if not out.is_dir():
@@ -280,11 +243,8 @@ def _put_in_place(staging: Path, out: Path) -> None:
         staging.rename(out)
 
 
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
+def open_to_all(folder: Path) -> None:
+    """Give a folder of ``tempfile`` the permissions that a new folder would have."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)

@@ -1,84 +1,81 @@
-"""A corpus: a folder of WebDataset tars with an index beside them, so that any sample is one read away.
+"""A corpus: WebDataset tars with an index, so that any sample is one read away.
 
-``Corpus`` opens the index by memory map and reads samples; ``build_index`` (data/build.py) makes it for any tars.
+``Corpus`` opens the index by memory map and reads samples; ``build_index`` (data/build.py) makes it for a folder of
+tars, ``index_remote`` (data/index_remote.py) for tars that lie elsewhere. What may be opened: data/places.py.
 Samples are numbered from 0 in the order of the shards' names and, inside a shard, of their first members.
 """
 
 import os
-import shlex
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
 from vlmdist.data.index_rows import image_number, image_order
-from vlmdist.data.tar_samples import list_shards
+from vlmdist.data.places import Place, find_corpus
+from vlmdist.data.places import mend_command as mend_command
+from vlmdist.data.shard_cache import RemoteAccess, ShardCache
+from vlmdist.data.shard_reader import CachedShards, Span
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import Sample, parse_json, parse_record
 
-_MAX_OPEN_SHARDS = 256
 _MAX_GAP_BYTES = 4096  # between neighbouring members of one sample: padding and headers
-
-
-def mend_command(folder: Path) -> str:
-    """What the user types to make the index anew."""
-    return f"vlmdist index {shlex.quote(str(folder))}"
-
-
-class _OpenShard:
-    """A file descriptor that is closed when nobody reads from it any more."""
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+_MAX_READ_AHEAD_GAP_BYTES = 1 << 16  # cheaper to read than to ask twice
 
 
 class Corpus:
-    """An opened corpus of N samples. Cheap to hand to loader workers: pickled it is a path, and forks may share it.
+    """An opened corpus of N samples. Cheap to hand to loader workers: pickled it is its source; forks may share it.
 
     text_bytes, num_images, image_pixels: [N] UTF-8 bytes of text, images, and pixels of all images of each sample.
     quarantined: [N] bool, samples known to be unusable; they keep their number, ``read`` refuses them.
     """
 
-    def __init__(self, folder: Path, tables: IndexTables):
-        self.folder = folder
-        self._tables = tables
+    def __init__(self, place: Place, access: RemoteAccess):
+        self.source = place.source
+        """What ``open`` takes to open it again."""
+        self.name = place.name
+        """The source as users may see it: without user, password and query."""
+        self.folder = place.folder
+        """Folder of the index file: of the tars as well, or in the cache for a corpus at a URL."""
+        self._access = access
+        self._mend = place.mend
+        self._reader = place.reader
+        self._tables = tables = place.tables
         self._columns = tables.columns
-        self._open_shards: dict[int, _OpenShard] = {}
+        self._is_read = np.array([_is_read(e) for e in tables.extensions], bool)
         self.text_bytes: NDArray[np.int64] = tables.columns["text_bytes"]
         self.num_images: NDArray[np.int32] = tables.columns["num_images"]
         self.image_pixels: NDArray[np.int64] = tables.columns["image_pixels"]
         self.quarantined: NDArray[np.bool_] = tables.columns["reason"] != 0
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> "Corpus":
-        """Open a corpus whose index fits its tars; otherwise a UserError with the command that mends it."""
-        folder = Path(folder)
-        shards = list_shards(folder)
-        tables = _read_index(folder)
-        problems = _differences(folder, shards, tables)
-        if problems:
-            raise UserError(problems)
-        return cls(folder, tables)
+    def open(cls, source: str | os.PathLike[str], access: RemoteAccess | None = None) -> "Corpus":
+        """Open the corpus in a folder or at a URL. access: of shards that lie elsewhere.
+
+        Raises UserError, with the command that mends it, where the index doesn't fit the shards.
+        """
+        access = access or RemoteAccess()
+        return cls(find_corpus(os.fspath(source), access), access)
 
     def __len__(self) -> int:
         return self._tables.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "fingerprint": self.fingerprint}
+        checked = self._reader.shards if isinstance(self._reader, CachedShards) else []
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "access": self._access,
+            "checked": checked,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tables = _read_index(state["folder"])
-        if tables.fingerprint != state["fingerprint"]:
-            raise UserError(f"{state['folder']}: the index was made anew while it was in use; start again")
-        self.__init__(state["folder"], tables)  # type: ignore[misc]
+        place = find_corpus(state["source"], state["access"], state["checked"])
+        if place.tables.fingerprint != state["fingerprint"]:
+            raise UserError(f"{place.name}: the index was made anew while it was in use; start again")
+        self.__init__(place, state["access"])  # type: ignore[misc]
 
     @property
     def fingerprint(self) -> str:
@@ -87,8 +84,18 @@ class Corpus:
 
     @property
     def shards(self) -> list[dict[str, Any]]:
-        """name, bytes and mtime_ns of every shard."""
+        """name, bytes and mtime_ns of every shard; url and version where that is what the index names."""
         return self._tables.shards
+
+    @property
+    def verified(self) -> bool:
+        """False for an index from headers alone: checksums, image sizes and text lengths are not known."""
+        return self._tables.verified
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Through which its shards are read; None for tars in a local folder."""
+        return self._reader.cache if isinstance(self._reader, CachedShards) else None
 
     def key(self, i: int) -> str:
         first, last = self._columns["key_start"][i : i + 2]
@@ -107,6 +114,15 @@ class Corpus:
         first = self._columns["member_start"][i]
         return str(self._tables.shards[self._columns["shard"][first]]["name"])
 
+    @property
+    def shard_numbers(self) -> NDArray[np.int32]:
+        """[N] number of the shard in which each sample lies, ascending."""
+        return self._columns["shard"][self._columns["member_start"][:-1]]
+
+    def shard_place(self, i: int) -> str:
+        """Path or URL of the sample's shard, for messages."""
+        return self._reader.place(int(self._columns["shard"][self._columns["member_start"][i]]))
+
     def quarantine_reason(self, i: int) -> str | None:
         """Why the sample is known to be unusable; None where it isn't."""
         number = int(self._columns["reason"][i])
@@ -121,6 +137,13 @@ class Corpus:
             return []
         return [(int(self._columns["width"][r]), int(self._columns["height"][r])) for r in rows]
 
+    def image_table(self) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint32]]:
+        """Sample number, width and height (0 where not known) of every image of the corpus, [K] each."""
+        is_image = np.array([image_number(e) is not None for e in self._tables.extensions], bool)
+        images = np.flatnonzero(is_image[self._columns["extension"]])  # [K] rows of members
+        owner = np.searchsorted(self._columns["member_start"], images, side="right") - 1
+        return owner, self._columns["width"][images], self._columns["height"][images]
+
     def member_columns(self) -> dict[str, NDArray[Any]]:
         """length, crc32, width, height (0 for what is no image) of all members, [M] each."""
         return {name: self._columns[name] for name in ("length", "crc32", "width", "height")}
@@ -132,18 +155,41 @@ class Corpus:
     def read(self, i: int) -> Sample:
         """Read one sample, with one pread where its members lie together, and check its checksums and its record.
 
-        Raises BadSample where it is quarantined, changed, or can't be read.
+        Raises BadSample where it is quarantined, changed, or can't be read; RunFailed, for it is no fault of the
+        sample, where its shard lies elsewhere and can't be fetched.
         """
         reason = self.quarantine_reason(i)
         if reason is not None:
             raise BadSample(reason)
         first, extensions = self._members(i)
-        wanted = [p for p, e in enumerate(extensions) if e == "json" or image_number(e) is not None]
+        wanted = [p for p, e in enumerate(extensions) if _is_read(e)]
         data = dict(zip(wanted, self._read_members(i, [first + p for p in wanted]), strict=True))
         record = parse_json(data[extensions.index("json")])
         images = tuple(data[place] for place in image_order(extensions))
         messages, answer, meta = parse_record(record, len(images))
         return Sample(i, self.key(i), messages, images, answer, meta)
+
+    def will_need(self, samples: Sequence[int]) -> None:
+        """Say that these samples will be read soon: the disk reads ahead, shards from elsewhere are fetched in the
+        background. Costs microseconds, waits for nothing, never raises.
+        """
+        for shard, spans in self._spans_by_shard(samples):
+            self._reader.will_need(shard, spans)
+
+    def _spans_by_shard(self, samples: Sequence[int]) -> Iterator[tuple[int, list[Span]]]:
+        """What the samples take of each shard, neighbouring members joined."""
+        starts = self._columns["member_start"]
+        rows = np.array([row for i in samples for row in range(starts[i], starts[i + 1])], np.int64)
+        rows = rows[self._is_read[self._columns["extension"][rows]]]
+        shards, offsets, lengths = (self._columns[name][rows].tolist() for name in ("shard", "offset", "length"))
+        spans: dict[int, list[Span]] = {}
+        for shard, offset, length in sorted(zip(shards, offsets, lengths, strict=True)):
+            known = spans.setdefault(shard, [])
+            if known and offset <= sum(known[-1]) + _MAX_READ_AHEAD_GAP_BYTES:
+                known[-1] = (known[-1][0], offset + length - known[-1][0])
+            else:
+                known.append((offset, length))
+        yield from spans.items()
 
     def _members(self, i: int) -> tuple[int, list[str]]:
         """Row of the first member, and the extensions of all."""
@@ -153,58 +199,32 @@ class Corpus:
     def _read_members(self, i: int, rows: Sequence[int]) -> list[bytes]:
         offsets = self._columns["offset"][rows].tolist()
         lengths = self._columns["length"][rows].tolist()
-        start = min(offsets)
-        stop = max(o + n for o, n in zip(offsets, lengths, strict=True))
-        try:
-            shard = self._shard(int(self._columns["shard"][rows[0]]))
-            if stop - start <= sum(lengths) + _MAX_GAP_BYTES * len(rows):
-                span = os.pread(shard.fd, stop - start, start)
-                data = [span[o - start : o - start + n] for o, n in zip(offsets, lengths, strict=True)]
-            else:
-                data = [os.pread(shard.fd, n, o) for o, n in zip(offsets, lengths, strict=True)]
-        except OSError as e:
-            raise BadSample(f"{self.shard_name(i)} can't be read: {e.strerror or e}") from None
-        if [zlib.crc32(d) for d in data] != self._columns["crc32"][rows].tolist():
-            raise BadSample(
-                f"{self.shard_name(i)} is changed since it was indexed (checksum); {mend_command(self.folder)}"
-            )
-        return data
+        checksums = self._columns["crc32"][rows].tolist()
+        shard = int(self._columns["shard"][rows[0]])
+        while True:
+            try:
+                data = self._read_spans(shard, list(zip(offsets, lengths, strict=True)))
+            except OSError as e:
+                raise BadSample(f"{self.shard_name(i)} can't be read: {e.strerror or e}") from None
+            if self._is_as_indexed(data, lengths, checksums):
+                return data
+            if not self._reader.renew(shard):
+                raise BadSample(f"{self.shard_name(i)} is changed since it was indexed (checksum); {self._mend}")
 
-    def _shard(self, number: int) -> _OpenShard:
-        shard = self._open_shards.get(number)
-        if shard is None:
-            shard = _OpenShard(self.folder / self._tables.shards[number]["name"])
-            # a new dict, not a change of the old: another thread may be reading
-            kept = self._open_shards if len(self._open_shards) < _MAX_OPEN_SHARDS else {}
-            self._open_shards = {**kept, number: shard}
-        return shard
+    def _is_as_indexed(self, data: Sequence[bytes], lengths: list[int], checksums: list[int]) -> bool:
+        if [len(d) for d in data] != lengths:
+            return False
+        return not self._tables.verified or [zlib.crc32(d) for d in data] == checksums
 
-
-def _read_index(folder: Path) -> IndexTables:
-    file = folder / INDEX_NAME
-    try:
-        return read_index(file)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: the tars have no index; make it with: {mend_command(folder)}") from None
-    except OSError as e:
-        raise UserError(f"{file}: can't be read: {e.strerror or e}") from None
-    except ValueError as e:
-        raise UserError(f"{file}: can't be used, {e}; make it anew with: {mend_command(folder)}") from None
+    def _read_spans(self, shard: int, spans: list[Span]) -> list[bytes]:
+        start = min(first for first, _ in spans)
+        stop = max(first + length for first, length in spans)
+        if stop - start > sum(length for _, length in spans) + _MAX_GAP_BYTES * len(spans):
+            return self._reader.read(shard, spans)
+        (whole,) = self._reader.read(shard, [(start, stop - start)])
+        return [whole[first - start : first - start + length] for first, length in spans]
 
 
-def _differences(folder: Path, shards: list[Path], tables: IndexTables) -> list[str]:
-    """What in the folder is not as the index says, a sentence each."""
-    mend = f"make the index anew with: {mend_command(folder)}"
-    indexed = {s["name"]: s["bytes"] for s in tables.shards}
-    present = {p.name: p for p in shards}
-    problems = [
-        f"{folder / name}: this shard is missing; bring it back, or {mend}" for name in indexed if name not in present
-    ]
-    problems += [f"{folder / name}: this tar is not in the index; {mend}" for name in present if name not in indexed]
-    for name in indexed.keys() & present.keys():
-        size = present[name].stat().st_size
-        if size != indexed[name]:
-            problems.append(f"{folder / name}: changed or cut off ({size} bytes, indexed {indexed[name]}); {mend}")
-        elif not os.access(present[name], os.R_OK):
-            problems.append(f"{folder / name}: no permission to read this shard")
-    return sorted(problems)
+def _is_read(extension: str) -> bool:
+    """Whether samples are made of members with this extension."""
+    return extension == "json" or image_number(extension) is not None

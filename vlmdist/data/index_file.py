@@ -2,12 +2,14 @@
 
     bytes 0-7     magic
     bytes 8-15    length of the header, unsigned, little-endian
-    header        JSON: version, fingerprint, crc32 of the columns, shards, extensions, reasons, place of each column
+    header        JSON: version, fingerprint, verified, crc32 of the columns, shards, extensions, reasons, place of
+                  each column
     columns       raw little-endian arrays, each at a multiple of 64 bytes
 
 Columns by sample [N]: reason (0, or 1 + number of the reason for its quarantine), text_bytes, num_images,
 image_pixels; [N+1]: key_start (into key_bytes), member_start (into the members).
-Columns by member [M]: shard, extension (into the table of the header), offset, length, crc32, width, height.
+Columns by member [M]: shard, extension (into the table of the header), offset, length, crc32, width, height; the
+last three are 0 for members that no sample is made of, and in an index that is not verified.
 """
 
 import hashlib
@@ -56,6 +58,9 @@ class IndexTables:
     reasons: list[str]
     columns: dict[str, NDArray[Any]]
     fingerprint: str
+    verified: bool = True
+    """False where some members that samples are made of were never read: their crc32, width and height are 0, and
+    text_bytes is the length of the .json."""
 
     @property
     def num_samples(self) -> int:
@@ -112,7 +117,12 @@ def read_index(file: Path) -> IndexTables:
         start = _aligned(16 + header_bytes)
         columns = {name: _column(raw, start, name, header["columns"][name]) for name in COLUMNS}
         tables = IndexTables(
-            header["shards"], header["extensions"], header["reasons"], columns, str(header["fingerprint"])
+            header["shards"],
+            header["extensions"],
+            header["reasons"],
+            columns,
+            str(header["fingerprint"]),
+            header.get("verified", True),
         )
         _check_lengths(tables)
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
@@ -132,6 +142,7 @@ def _write_parts(f: Any, tables: IndexTables) -> None:
     header = {
         "version": VERSION,
         "fingerprint": tables.fingerprint,
+        "verified": tables.verified,
         "num_samples": tables.num_samples,
         "crc32": crc,
         "columns": place,
@@ -163,6 +174,7 @@ def _check_lengths(tables: IndexTables) -> None:
         and all(len(columns[name]) == m for name in MEMBER_COLUMNS)
         and columns["member_start"][-1] == m
         and columns["key_start"][-1] == len(columns["key_bytes"])
+        and isinstance(tables.verified, bool)
         and all(isinstance(s["name"], str) and isinstance(s["bytes"], int) for s in tables.shards)
     )
     if not consistent:

@@ -1,5 +1,6 @@
 """What is in a corpus, from its index alone: seconds for millions of samples."""
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -22,11 +23,13 @@ def inspect_corpus(corpus: Corpus, key: str | None = None) -> dict[str, Any]:
     """
     members = corpus.member_columns()
     is_image = members["width"] > 0
+    verified = corpus._tables.verified
     quarantined = np.flatnonzero(corpus.quarantined).tolist()
     reasons = Counter(str(corpus.quarantine_reason(i)) for i in quarantined)
     found: dict[str, Any] = {
-        "folder": str(corpus.folder),
+        "folder": corpus.name,
         "fingerprint": corpus.fingerprint,
+        "verified": verified,
         "samples": len(corpus),
         "shards": len(corpus.shards),
         "shard_bytes": sum(s["bytes"] for s in corpus.shards),
@@ -39,7 +42,9 @@ def inspect_corpus(corpus: Corpus, key: str | None = None) -> dict[str, Any]:
         "image_height": _distribution(members["height"][is_image]),
         "image_pixels": _distribution(members["width"][is_image].astype(np.int64) * members["height"][is_image]),
         "text_bytes": _distribution(corpus.text_bytes[~corpus.quarantined]),
-        "identical_images": _num_repeated(members["crc32"][is_image], members["length"][is_image]),
+        "identical_images": _num_repeated(members["crc32"][is_image], members["length"][is_image])
+        if verified
+        else None,
         "quarantined": len(quarantined),
         "quarantine_reasons": dict(reasons.most_common(MAX_LISTED)),
         "quarantined_samples": [_quarantined(corpus, i) for i in quarantined[:MAX_LISTED]],
@@ -56,9 +61,11 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"  samples       {found['samples']:,} in {found['shards']:,} shards, {_megabytes(found['shard_bytes'])}",
         "  members       " + ", ".join(f"{n:,} .{_shown(e)}" for e, n in _most(found["members"])),
         f"  images        {found['images']:,}; {found['samples_without_image']:,} samples without, "
-        f"at most {found['images_per_sample_max']} a sample; {found['identical_images']:,} identical to another",
+        f"at most {found['images_per_sample_max']} a sample"
+        + (f"; {found['identical_images']:,} identical to another" if found["verified"] else ""),
     ]
-    for name, label in (("image_width", "width, px"), ("image_height", "height, px"), ("text_bytes", "text, bytes")):
+    text = "text, bytes" if found["verified"] else ".json, bytes"
+    for name, label in (("image_width", "width, px"), ("image_height", "height, px"), ("text_bytes", text)):
         if found[name] is not None:
             d = found[name]
             lines.append(
@@ -67,6 +74,12 @@ def format_inspection(found: dict[str, Any]) -> str:
             )
     lines.append(f"  fingerprint   {found['fingerprint']}")
     lines.append(f"  quarantined   {found['quarantined']:,} samples that can't be used")
+    if not found["verified"]:
+        lines += [
+            "  not verified  the index was made from headers only: what is inside the members, image sizes and broken",
+            "                samples included, is not known before they are read. Complete it before training (its",
+            f"                fingerprint changes) with: vlmdist index {shlex.quote(found['folder'])}",
+        ]
     lines += [f"    {n:>8,} x {_shown(reason)}" for reason, n in found["quarantine_reasons"].items()]
     lines += [f"    {_shown(q['shard'])} {_shown(q['key'])}: {_shown(q['why'])}" for q in found["quarantined_samples"]]
     if "sample" in found:
@@ -78,7 +91,7 @@ def _inspect_sample(corpus: Corpus, key: str) -> dict[str, Any]:
     number = corpus.find(key)
     if number is None:
         some = ", ".join(repr(corpus.key(i)) for i in range(min(3, len(corpus))))
-        raise UserError(f"{corpus.folder}: no sample has the key {key!r}; its first keys are {some}")
+        raise UserError(f"{corpus.name}: no sample has the key {key!r}; its first keys are {some}")
     facts: dict[str, Any] = {
         "number": number,
         "key": key,

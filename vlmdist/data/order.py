@@ -86,13 +86,22 @@ def step_slice(cursor: Cursor, epoch_length: int, global_batch_size: int) -> tup
     return cursor.taken, stop, after
 
 
-def num_steps(epoch_length: int, global_batch_size: int, num_epochs: float) -> int:
-    """Optimizer steps of a run: ceil(num_epochs * steps of one epoch), as transformers counts them.
+def steps_left(cursor: Cursor, epoch_lengths: Sequence[int], global_batch_size: int, num_epochs: float) -> int:
+    """Optimizer steps from the cursor to the end of a run of ``num_epochs``; epoch_lengths: samples of each epoch.
 
-    A fraction of an epoch is thus rounded up to whole steps. num_epochs is taken as the decimal it is written as, so
-    that 0.1 epochs of 10 steps is 1 step in spite of binary rounding.
+    A fraction of an epoch is rounded up to whole steps, as transformers counts them. num_epochs is taken as the decimal
+    it is written as, so that 0.1 epochs of 10 steps is 1 step in spite of binary rounding.
     """
-    return math.ceil(_exact(num_epochs) * -(-epoch_length // global_batch_size))
+    left = 0
+    for epoch in range(cursor.epoch, len(epoch_lengths)):
+        share = min(Fraction(1), _exact(num_epochs) - epoch)
+        if share <= 0:
+            break
+        length = epoch_lengths[epoch]
+        stop = min(length, math.ceil(share * -(-length // global_batch_size)) * global_batch_size)
+        taken = cursor.taken if epoch == cursor.epoch else 0
+        left += max(0, -(-(stop - taken) // global_batch_size))
+    return left
 
 
 def _spans(sizes: Sequence[int], weights: Sequence[float], epoch: int) -> list[tuple[int, int]]:
@@ -130,15 +139,15 @@ def _corpus_order(n: int, seed: int, corpus: int, epoch: int, block_size: int) -
 def _key(*parts: int) -> np.uint64:
     key = np.zeros(1, np.uint64)
     for part in parts:
-        key = _mix(key ^ np.uint64(part % 2**64))
+        key = splitmix64(key ^ np.uint64(part % 2**64))
     return np.uint64(key[0])
 
 
 def _hash(key: np.uint64, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
-    return _mix(numbers.astype(np.uint64) ^ key)
+    return splitmix64(numbers.astype(np.uint64) ^ key)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64 of every element: a bijection of 64-bit numbers; overflow wraps around as intended."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

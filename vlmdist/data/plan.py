@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ class StepPlan:
 
 
 def plan_step(
-    costs: Sequence[float] | NDArray[np.float64],
+    costs: Sequence[float] | NDArray[Any],
     world_size: int,
     micro_batch_size: int,
     token_lengths: Sequence[int] | NDArray[np.int64] | None = None,

@@ -10,9 +10,11 @@
    exactly what the assistant says.
 """
 
+import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlmdist.config import RunConfig
@@ -22,7 +24,7 @@ from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 if TYPE_CHECKING:
-    import torch
+    from vlmdist.data.raw_pixels import Feature
 
 Span = tuple[int, int]  # characters, end exclusive
 
@@ -43,7 +45,7 @@ class Encoded:
     in_loss: list[bool]  # [T]
     per_token: dict[str, list[int]]
     """Other inputs with one number a token (token_type_ids, ...), each [T]."""
-    features: "dict[str, torch.Tensor]"
+    features: "dict[str, Feature]"
     """Image inputs (pixel_values, ...); the first dimension counts images, tiles or patches."""
 
     @property
@@ -80,6 +82,10 @@ class Prompter:
         specials |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         self._special_pattern = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True) if s))
         self.end_of_turn = self._find_end_of_turn()
+        if self.has_images:
+            from vlmdist.data.pixels import prove_pixels
+
+            self.pixels = prove_pixels(processor.image_processor, self._process_alone)
 
     @classmethod
     def for_run(cls, processor: Any, config: RunConfig) -> "Prompter":
@@ -96,7 +102,7 @@ class Prompter:
         text, spans = self._render_training(sample.messages)
         encoded = self._encode(text, spans, sample)
         if self.train_on == "everything":
-            encoded = Encoded(encoded.input_ids, [True] * len(encoded.input_ids), encoded.per_token, encoded.features)
+            encoded = replace(encoded, in_loss=[True] * len(encoded.input_ids))
         if encoded.num_loss_tokens == 0:
             raise BadSample("empty answer: no token of the assistant is in the loss")
         return encoded
@@ -227,15 +233,8 @@ class Prompter:
     def _encode(self, text: str, spans: list[Span], sample: Sample, *, check_length: bool = True) -> Encoded:
         order = [p.index for m in sample.messages for p in m.content if isinstance(p, ImagePart)]
         if order:
-            images = [decode_image(sample.images[i]) for i in order]
-            out = self.processor(
-                text=[text],
-                images=images,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                return_tensors="pt",
-            )
+            pictures = [decode_image(sample.images[i]) for i in order]
+            out = self.pixels.process(pictures, partial(self._process, text))
             spans = _move_spans(spans, out.pop("text_replacement_offsets")[0])
         else:
             out = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
@@ -246,12 +245,31 @@ class Prompter:
             raise TooLong(f"too long: {len(input_ids)} tokens, data.max_length allows {self.max_length}")
         per_token, features = {}, {}
         for name, value in out.items():
-            if tuple(value.shape[:2]) == (1, len(input_ids)) and value.dim() == 2:
+            if tuple(value.shape) == (1, len(input_ids)):
                 per_token[name] = value[0].tolist()
             else:
                 features[name] = value
         in_loss = [any(a < end and b > start for start, end in spans) and b > a for a, b in offsets]
         return Encoded(input_ids, in_loss, per_token, features)
+
+    def _process(self, text: str, image_processor: Any, images: list[Any]) -> Any:
+        """What the processor makes of a text and its images, were ``image_processor`` its own."""
+        processor = copy.copy(self.processor)
+        processor.image_processor = image_processor
+        return processor(
+            text=[text],
+            images=images,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_tensors="pt",
+        )
+
+    def _process_alone(self, image_processor: Any, images: list[Any]) -> Any:
+        """Images with next to no text around them."""
+        shown = Message("user", (*map(ImagePart, range(len(images))), TextPart(".")))
+        text, _ = self._render_training([shown, Message("assistant", (TextPart("."),))])
+        return self._process(text, image_processor, images)
 
     # -- proof -----------------------------------------------------------------------------------------------------
 

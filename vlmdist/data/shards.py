@@ -1,24 +1,29 @@
-"""Write a corpus: WebDataset tars, through the webdataset package, and their index without a second pass."""
+"""Write a corpus: WebDataset tars and their index, in one pass."""
 
 import contextlib
 import json
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from vlmdist.data.decode import read_image_size
+from vlmdist.data.index_columns import IndexColumns
 from vlmdist.data.index_file import INDEX_NAME, sync_folder, write_index
-from vlmdist.data.index_rows import IndexRows
+from vlmdist.data.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, text_bytes_of
 from vlmdist.data.tar import BLOCK_BYTES
 from vlmdist.data.tar_samples import MemberBytes, list_shards, shard_facts
+from vlmdist.data.tar_writer import TarWriter, padded
 from vlmdist.errors import BadSample, RunFailed, UserError
-from vlmdist.sample import parse_json, parse_record
+from vlmdist.sample import parse_record
 
 _KEY = re.compile(r"[\w-]+")
 _MAX_KEY_BYTES = 80  # ustar names have at most 100 bytes, ".000.jpeg" included
+_BUFFER_BYTES = 1 << 20
 _MAGIC_BYTES = (
     (b"\xff\xd8\xff", "jpg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -74,11 +79,13 @@ class ShardWriter:
         """Bytes of the members written so far, without tar headers."""
         self._name = name
         self._limits = (max_samples_per_shard, max_bytes_per_shard)
-        self._rows = IndexRows()
+        self._columns = IndexColumns()
         self._keys: set[str] = set()
         self._staged: list[Path] = []
         self._file: BinaryIO | None = None
-        self._tar: Any = None
+        self._tar: TarWriter | None = None
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._syncing: list[Future[None]] = []
         self._num_in_shard = 0
         self._replaced = _prepare_folder(self.folder, name, overwrite)
 
@@ -100,30 +107,29 @@ class ShardWriter:
         meta: dict[str, Any] | None = None,
     ) -> None:
         """Append one sample; BadSample, and nothing written, where ``Corpus.read`` would refuse it."""
-        members = self._members_of(key, messages, images, answer, meta)
-        num_bytes = sum(BLOCK_BYTES + -(-len(d) // BLOCK_BYTES) * BLOCK_BYTES for d in members.values())
+        checked = _check(key, messages, images, answer, meta)
+        if key in self._keys:
+            raise BadSample(f"key {key!r} was written before")
+        names = [f"{key}.{extension}" for extension in checked.extensions]
+        num_bytes = sum(BLOCK_BYTES + padded(len(data)) for data in checked.contents)
         try:
-            self._begin_shard_if_full(num_bytes)
-            start = self._tar.tarstream.offset
-            self._tar.write({"__key__": key, **members})
+            starts = self._tar_for(num_bytes).add(list(zip(names, checked.contents, strict=True)))
         except OSError as e:
             self.abort()
             raise RunFailed(f"{self.folder}: a shard can't be written: {e.strerror or e}") from None
-        rows = []
-        for extension in sorted(members):  # the order in which TarWriter writes
-            start += BLOCK_BYTES
-            rows.append(MemberBytes(extension, start, members[extension]))
-            start += -(-len(members[extension]) // BLOCK_BYTES) * BLOCK_BYTES
-        self._rows.add(key, rows)
+        members = list(map(MemberBytes, checked.extensions, starts, checked.contents))
+        self._columns.append(key, members, checked.sizes, checked.text_bytes)
         self._keys.add(key)
         self._num_in_shard += 1
         self.num_samples += 1
-        self.num_bytes += sum(map(len, members.values()))
+        self.num_bytes += sum(map(len, checked.contents))
 
     def close(self) -> None:
         """Finish: rename the shards, write the index. UserError where no sample was written."""
         try:
             self._end_shard()
+            for synced in self._syncing:
+                synced.result()
             if not self.num_samples:
                 raise UserError(f"{self.folder}: no sample was written, so there is no corpus")
             (self.folder / INDEX_NAME).unlink(missing_ok=True)
@@ -135,14 +141,12 @@ class ShardWriter:
         except OSError as e:
             self.abort()
             raise RunFailed(f"{self.folder}: the shards can't be finished: {e.strerror or e}") from None
-        write_index(self.folder, self._rows.tables([shard_facts(p) for p in shards]))
+        self._background.shutdown()
+        write_index(self.folder, self._columns.tables([shard_facts(p) for p in shards]))
 
     def abort(self) -> None:
         """Take away everything written so far."""
-        if self._tar is not None:
-            # closed, not dropped: tarfile would try again when collected, and print a traceback
-            with contextlib.suppress(OSError, ValueError):
-                self._tar.close()
+        self._background.shutdown()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -151,58 +155,77 @@ class ShardWriter:
             staged.unlink(missing_ok=True)
         self._staged = []
 
-    def _members_of(
-        self,
-        key: str,
-        messages: Sequence[dict[str, Any]],
-        images: Sequence[bytes],
-        answer: str | None,
-        meta: dict[str, Any] | None,
-    ) -> dict[str, bytes]:
-        """The members of a sample by extension, after everything about them was checked."""
-        if not isinstance(key, str) or not _KEY.fullmatch(key) or len(key.encode()) > _MAX_KEY_BYTES:
-            raise BadSample(
-                f"key {str(key)[:100]!r}: a key has letters, digits, _ and - only, at most {_MAX_KEY_BYTES} bytes"
-            )
-        if key in self._keys:
-            raise BadSample(f"key {key!r} was written before")
-        record: dict[str, Any] = {"messages": list(messages)}
-        if answer is not None:
-            record["answer"] = answer
-        if meta:
-            record["meta"] = meta
-        data = _dump(record)
-        parse_record(parse_json(data), len(images))
-        members = {"json": data}
-        for number, image in enumerate(images):
-            extension = image_extension(image)
-            read_image_size(image)
-            members[extension if len(images) == 1 else f"{number}.{extension}"] = bytes(image)
-        return members
-
-    def _begin_shard_if_full(self, num_bytes: int) -> None:
+    def _tar_for(self, num_bytes: int) -> TarWriter:
+        """The tar that takes the next sample."""
         max_samples, max_bytes = self._limits
         if self._tar is not None:
-            if self._num_in_shard < max_samples and self._tar.tarstream.offset + num_bytes <= max_bytes:
-                return
+            if self._num_in_shard < max_samples and self._tar.offset + num_bytes <= max_bytes:
+                return self._tar
             self._end_shard()
-        from webdataset.writer import TarWriter  # imports torch, hence not at the top
-
         shard = self.folder / f"{self._name}-{len(self._staged):06d}.tar.tmp"
-        self._file = open(shard, "wb")  # noqa: SIM115 - closed by _end_shard or abort
+        self._file = open(shard, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 - closed by _end_shard or abort
         self._staged.append(shard)
         self._num_in_shard = 0
-        self._rows.begin_shard(shard.stem)
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, user="vlmdist", group="vlmdist", mode=0o644)
+        self._columns.begin_shard()
+        self._tar = TarWriter(self._file)
+        return self._tar
 
     def _end_shard(self) -> None:
         if self._tar is None or self._file is None:
             return
-        self._tar.close()
+        self._tar.finish()
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        # waits for the disk while the next shard is written
+        self._syncing.append(self._background.submit(_sync_and_close, self._file))
         self._file = self._tar = None
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    with file:
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A sample ready to be written: its members in their order in the shard, and what the index says about them."""
+
+    extensions: list[str]
+    contents: list[bytes]
+    sizes: list[tuple[int, int] | None]
+    text_bytes: int
+
+
+def _check(
+    key: str,
+    messages: Sequence[dict[str, Any]],
+    images: Sequence[bytes],
+    answer: str | None,
+    meta: dict[str, Any] | None,
+) -> _Checked:
+    """BadSample where ``Corpus.read`` would refuse the sample."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key) or len(key.encode()) > _MAX_KEY_BYTES:
+        raise BadSample(
+            f"key {str(key)[:100]!r}: a key has letters, digits, _ and - only, at most {_MAX_KEY_BYTES} bytes"
+        )
+    record: dict[str, Any] = {"messages": list(messages)}
+    if answer is not None:
+        record["answer"] = answer
+    if meta:
+        record["meta"] = meta
+    data = _dump(record)
+    if len(data) > MAX_RECORD_BYTES:
+        raise BadSample(f"its .json would have {len(data):,} bytes, more than the {MAX_RECORD_BYTES:,} allowed")
+    members: list[tuple[str, bytes, tuple[int, int] | None]] = [("json", data, None)]
+    parsed, _, _ = parse_record(record, len(images))
+    for number, image in enumerate(images):
+        if len(image) > MAX_IMAGE_BYTES:
+            raise BadSample(f"image {number} has {len(image):,} bytes, more than the {MAX_IMAGE_BYTES:,} allowed")
+        extension = image_extension(image)
+        extension = extension if len(images) == 1 else f"{number}.{extension}"
+        members.append((extension, image, read_image_size(image)))
+    members.sort(key=lambda member: member[0])  # as webdataset's TarWriter orders them
+    extensions, contents, sizes = map(list, zip(*members, strict=True))
+    return _Checked(extensions, contents, sizes, text_bytes_of(parsed))
 
 
 def _dump(record: dict[str, Any]) -> bytes:

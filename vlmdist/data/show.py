@@ -62,7 +62,7 @@ def _number_of(corpus: Corpus, key: str | None) -> int:
     number = corpus.find(key)
     if number is not None:
         return number
-    raise UserError(f"--key: {key!r} is not in {corpus.folder}")
+    raise UserError(f"--key: {key!r} is not in {corpus.name}")
 
 
 def _runs(prompter: Prompter, encoded: Encoded) -> list[dict[str, Any]]:

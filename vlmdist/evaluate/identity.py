@@ -32,14 +32,14 @@ def choose_checkpoint(config: RunConfig, asked: Path | None, base: bool) -> tupl
     return checkpoint, [f"passed over {reason}" for reason in skipped]
 
 
-def choose_corpus(config: RunConfig, split: str) -> Path:
-    """Folder of the shards to evaluate on."""
+def choose_corpus(config: RunConfig, split: str) -> str:
+    """Folder or URL of the shards to evaluate on."""
     if split not in ("test", "validation"):
         raise UserError(f"split: {split!r} is not one of test, validation")
     folder = config.data.test if split == "test" else config.data.validation
     if folder is None:
         raise UserError(f"data.{split}: not set; vlmdist evaluate needs the folder of the {split} shards")
-    return Path(folder)
+    return folder
 
 
 def choose_name(asked: str | None, checkpoint: Path | None, split: str) -> str:

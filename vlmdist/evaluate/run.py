@@ -19,6 +19,7 @@ from typing import Any
 
 from vlmdist.config import RunConfig
 from vlmdist.data.index import Corpus
+from vlmdist.data.shard_cache import RemoteAccess
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.evaluate.answer import Answerer, check_truths
 from vlmdist.evaluate.identity import choose_checkpoint, choose_corpus, choose_name, identity_of
@@ -37,7 +38,7 @@ _LOOK_EVERY_S = 2.0  # for the bar: other ranks' parts in the folder
 class _Job:
     """What rank 0 decided, for all ranks."""
 
-    corpus: Path
+    corpus: str
     checkpoint: Path | None
     folder: Path
     num_samples: int
@@ -70,7 +71,7 @@ def evaluate_run(
     with Ranks(config.threads_per_rank) as ranks:
         job = ranks.decide(lambda: _decide(config, ranks, checkpoint, base, name, split))
         folder = EvaluationFolder(job.folder)
-        corpus = Corpus.open(job.corpus)
+        corpus = Corpus.open(job.corpus, RemoteAccess.for_run(config.data))
         batches = _batches(corpus, job.num_samples, config)
         left = [] if job.is_complete else sorted(set(range(len(batches))) - set(job.finished))
         statistics: list[dict[str, Any]] = []
@@ -89,7 +90,7 @@ def _decide(config: RunConfig, ranks: Ranks, asked: Path | None, base: bool, nam
     """(rank 0)"""
     metric_by_name(config.evaluate.metric)
     checkpoint, notes = choose_checkpoint(config, asked, base)
-    corpus = Corpus.open(choose_corpus(config, split))
+    corpus = Corpus.open(choose_corpus(config, split), RemoteAccess.for_run(config.data))
     num_samples = min(len(corpus), config.evaluate.max_samples or len(corpus))
     run = RunFolder(Path(config.output_dir))
     folder = EvaluationFolder(run.eval_dir / choose_name(name, checkpoint, split))
@@ -103,7 +104,7 @@ def _decide(config: RunConfig, ranks: Ranks, asked: Path | None, base: bool, nam
     finished = [] if is_complete else folder.finished_batches(batches)
     folder.remove_broken_parts(finished)
     model = "the base model" if checkpoint is None else checkpoint.name
-    notes.append(f"evaluating {model} on {num_samples} samples of {corpus.folder}")
+    notes.append(f"evaluating {model} on {num_samples} samples of {corpus.name}")
     if replaced:
         notes.append(replaced)
     if is_complete:
@@ -111,7 +112,7 @@ def _decide(config: RunConfig, ranks: Ranks, asked: Path | None, base: bool, nam
     elif finished:
         notes.append(f"going on: {len(finished)} of {len(batches)} batches were finished before")
     print(*[f"evaluate: {note}" for note in notes], sep="\n", file=sys.stderr, flush=True)
-    return _Job(corpus.folder, checkpoint, folder.path, num_samples, finished, is_complete, token=secrets.token_hex(4))
+    return _Job(corpus.source, checkpoint, folder.path, num_samples, finished, is_complete, token=secrets.token_hex(4))
 
 
 def _batches(corpus: Corpus, num_samples: int, config: RunConfig) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def trainable_names(model: nn.Module) -> list[str]:
 def trains_vision(config: AdaptConfig, family: Family) -> bool:
     """Whether a gradient must reach the vision tower or the projector."""
     return family.sees and (config.vision_tower != "frozen" or config.projector != "frozen")
+
+
+def num_elements(parameter: torch.Tensor) -> int:
+    """Numbers in a parameter; a 4-bit weight is stored as packed bytes, its own count is given by its quant_state."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def part_sizes(model: nn.Module, family: Family) -> dict[str, int]:
+    """Parameters of each part of a model, adapted or not."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        part = family.part_of(name.removeprefix("base_model.model."))  # peft's own prefix
+        if part is not None:
+            sizes[part] += num_elements(parameter)
+    return sizes
 
 
 def load_trainable(model: nn.Module, file: Path) -> None:

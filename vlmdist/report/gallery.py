@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmdist.data.index import Corpus
+from vlmdist.data.shard_cache import RemoteAccess
 from vlmdist.errors import BadSample, UserError
 from vlmdist.evaluate.metrics import METRICS, FieldScore, UnreadableTruth
 from vlmdist.report.facts import Evaluation, Row, RunFacts, number, parse_row, read_lines
@@ -201,6 +202,7 @@ def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
     """The corpus that was evaluated, known by its fingerprint; None, with a note, where it can't be opened."""
     splits = ("validation", "test") if gallery.evaluation.name.endswith("-validation") else ("test", "validation")
     wanted = gallery.evaluation.corpus_fingerprint
+    access = RemoteAccess(facts.setting("data.cache_dir"), facts.setting("data.cache_bytes"))
     problems = []
     for split in splits if wanted else splits[:1]:
         folder = facts.setting(f"data.{split}")
@@ -208,7 +210,7 @@ def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
             problems.append(f"data.{split} is not set")
             continue
         try:
-            corpus = Corpus.open(folder)
+            corpus = Corpus.open(folder, access)
         except UserError as e:
             problems.append(e.problems[0])
             continue
@@ -231,11 +233,13 @@ def _read_sample(corpus: Corpus, card: Card) -> Sample | None:
 
 def _data_uris(images: tuple[bytes, ...]) -> Iterator[str]:
     """Small JPEGs, encoded anew: no byte of the original file reaches the page."""
+    from PIL import Image
+
     from vlmdist.data.decode import decode_image
 
     for data in images:
         try:
-            image = decode_image(data, max_pixels=_MAX_PIXELS)
+            image = Image.fromarray(decode_image(data, max_pixels=_MAX_PIXELS))
         except BadSample:
             continue
         image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))

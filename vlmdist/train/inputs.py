@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlmdist.config import RunConfig, load_run
+from vlmdist.data.cache_need import refuse_thrashing
 from vlmdist.data.index import Corpus
+from vlmdist.data.shard_cache import RemoteAccess
 from vlmdist.data.stream import Mixture
 from vlmdist.data.templates import find_template
 from vlmdist.distributed import World, gather_objects
@@ -74,7 +76,8 @@ def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
         state = TrainState.read(checkpoint)
     state.global_batch_size = _global_batch_size(config, world, state)
     mixture = Mixture(corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size)
-    total_steps = config.train.max_steps or mixture.num_steps(state.global_batch_size, config.train.num_train_epochs)
+    left = mixture.steps_left(state.cursor, state.global_batch_size, config.train.num_train_epochs)
+    total_steps = config.train.max_steps or state.step + left
     return Inputs(mixture, validation, ds_config, checkpoint, state, total_steps)
 
 
@@ -99,14 +102,15 @@ def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
     corpora: list[Corpus] = []
     validation: Corpus | None = None
     ds_config: dict[str, Any] = {}
+    access = RemoteAccess.for_run(config.data)
     for place in config.data.train:
         try:
-            corpora.append(Corpus.open(place.shards))
+            corpora.append(Corpus.open(place.shards, access))
         except UserError as e:
             problems += [f"data.train: {p}" for p in e.problems]
     try:
         if config.data.validation is not None:
-            validation = Corpus.open(config.data.validation)
+            validation = Corpus.open(config.data.validation, access)
     except UserError as e:
         problems += [f"data.validation: {p}" for p in e.problems]
     try:
@@ -117,7 +121,9 @@ def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
         ds_config = load_ds_config(config, world.size, resolve_dtype(config.model.precision, world.device))
     except UserError as e:
         problems += e.problems
-    problems += [f"data.train: {c.folder} holds no sample" for c in corpora if len(c) == 0]
+    problems += [f"data.train: {c.name} holds no sample" for c in corpora if len(c) == 0]
+    thrashing = refuse_thrashing(corpora, config.data.shuffle_block_size)
+    problems += [thrashing] if thrashing else []
     if problems:
         raise UserError(problems)
     return corpora, validation, ds_config

@@ -7,18 +7,17 @@ size makes that average the gradient of the mean token loss, whatever the split.
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlmdist.config import RunConfig
-from vlmdist.data.collate import MicroBatch
 from vlmdist.data.stream import Step, validation_batches
-from vlmdist.distributed import gather_objects, gather_tensors, init_world, shutdown, sum_over_ranks
+from vlmdist.distributed import gather_objects, init_world, shutdown, sum_over_ranks
 from vlmdist.errors import RunFailed, StopRequested
 from vlmdist.run_folder import append_jsonl
 from vlmdist.train.checkpoint import save_checkpoint
+from vlmdist.train.exchange import Exchanged, exchange, log_step
 from vlmdist.train.inputs import check_inputs, open_run_folder
 from vlmdist.train.loss import token_loss_sum
 from vlmdist.train.metrics import MetricsWriter, log, start_logging
@@ -57,7 +56,7 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
         data_wait_s = time.perf_counter() - started
 
         # -- what the ranks have in hand, and whether anyone was asked to stop (all ranks)
-        exchanged = _exchange(step.micro_batches, stop.received is not None)
+        exchanged = exchange(step.micro_batches, stop.received is not None)
         _account_bad_samples(t, step, exchanged)
 
         # -- forward, backward, optimizer (all ranks)
@@ -68,7 +67,7 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
         state.step, state.cursor = step.number, step.next_cursor
         state.tokens += exchanged.tokens
         if t.world.is_main:
-            _write_step(t, step, exchanged)
+            log_step(t.run.steps_file, step, exchanged)
         _count_nonfinite(t, step, exchanged, applied)
 
         # -- figures (all ranks sum, rank 0 writes)
@@ -96,40 +95,6 @@ def _run_steps(t: Training, stop: StopSignal) -> None:
     progress.close()
 
 
-@dataclass
-class _Exchanged:
-    """What all ranks together have in this step."""
-
-    loss_tokens: int
-    tokens: int
-    stop: bool
-    samples: list[tuple[int, int]]
-    """(corpus, sample) as really loaded, over all ranks."""
-    bad: list[dict[str, Any]]
-
-
-def _exchange(micro_batches: list[MicroBatch], stop_received: bool) -> _Exchanged:
-    """One small message over gloo: loss tokens, tokens, bad samples, stop, and the sample numbers (all ranks)."""
-    mine = [pair for mb in micro_batches for pair in mb.sample_numbers]
-    bad = [row for mb in micro_batches for row in mb.bad]
-    counts = [
-        sum(mb.num_loss_tokens for mb in micro_batches),
-        sum(mb.num_tokens for mb in micro_batches),
-        len(bad),
-        int(stop_received),
-        len(mine),
-    ]
-    sums = torch.stack(gather_tensors(torch.tensor(counts)))  # [ranks, 5]
-    longest = int(sums[:, 4].max())
-    numbers = torch.full((longest, 2), -1, dtype=torch.long)
-    numbers[: len(mine)] = torch.tensor(mine, dtype=torch.long).reshape(-1, 2)
-    gathered = torch.cat(gather_tensors(numbers))  # [ranks * longest, 2]
-    samples = [(c, s) for c, s in gathered.tolist() if c >= 0]
-    loss_tokens, tokens, num_bad, stop, _ = sums.sum(dim=0).tolist()
-    all_bad = [row for rows in gather_objects(bad) for row in rows] if num_bad else []
-    return _Exchanged(loss_tokens, tokens, stop > 0, samples, all_bad)
-
-
 def _take_step(t: Training, step: Step, loss_tokens: int, rate: float) -> tuple[torch.Tensor, bool]:
     """This rank's sum of token losses, and whether the optimizer moved (all ranks)."""
     loss_sum = torch.zeros((), device=t.world.device)
@@ -152,7 +117,7 @@ def _take_step(t: Training, step: Step, loss_tokens: int, rate: float) -> tuple[
     return loss_sum, t.engine.was_step_applied()
 
 
-def _account_bad_samples(t: Training, step: Step, exchanged: _Exchanged) -> None:
+def _account_bad_samples(t: Training, step: Step, exchanged: Exchanged) -> None:
     """Count and name what was left out; stop where the budget is spent (all ranks)."""
     if not exchanged.bad:
         return
@@ -177,30 +142,13 @@ def _account_bad_samples(t: Training, step: Step, exchanged: _Exchanged) -> None
         )
 
 
-def _write_step(t: Training, step: Step, exchanged: _Exchanged) -> None:
-    """The row of steps.jsonl that ``vlmdist audit`` checks (rank 0)."""
-    several = len(t.corpora) > 1
-
-    def number(pair: tuple[int, int]) -> Any:
-        return list(pair) if several else pair[1]
-
-    row = {
-        "step": step.number,
-        "epoch": step.cursor.epoch,
-        "taken": step.cursor.taken,
-        "samples": sorted(number(pair) for pair in exchanged.samples),
-        "bad": sorted(number((row["corpus"], row["sample"])) for row in exchanged.bad),
-    }
-    append_jsonl(t.run.steps_file, row)
-
-
-def _count_nonfinite(t: Training, step: Step, exchanged: _Exchanged, applied: bool) -> None:
+def _count_nonfinite(t: Training, step: Step, exchanged: Exchanged, applied: bool) -> None:
     """A step whose loss or gradient was not finite was skipped by DeepSpeed on all ranks; too many end the run."""
     if applied:
         t.state.nonfinite_in_a_row = 0
         return
     t.state.nonfinite_in_a_row += 1
-    keys = [t.corpora[c].key(s) for c, s in exchanged.samples]
+    keys = [t.corpora[c].key(s) for c, s in exchanged.samples.tolist()]
     log.warning("step %d skipped: loss or gradient is not finite; its samples: %s", step.number, ", ".join(keys))
     scaled = bool(t.engine.fp16_enabled())  # fp16 overflows are the loss scaler's ordinary work
     if t.state.nonfinite_in_a_row >= t.config.train.max_nonfinite_steps * (10 if scaled else 1):
@@ -218,7 +166,7 @@ class _Window:
         self.loss_tokens = self.tokens = self.samples = self.steps = 0
         self.seconds = self.data_wait_s = 0.0
 
-    def add(self, loss_sum: torch.Tensor, exchanged: _Exchanged, seconds: float, data_wait_s: float) -> None:
+    def add(self, loss_sum: torch.Tensor, exchanged: Exchanged, seconds: float, data_wait_s: float) -> None:
         self.loss_sum = self.loss_sum + loss_sum  # stays on the device: no wait for it here
         self.loss_tokens += exchanged.loss_tokens
         self.tokens += exchanged.tokens
@@ -231,8 +179,9 @@ class _Window:
         """A row of metrics.jsonl; the loss is the mean over all loss tokens of the window (all ranks)."""
         loss = float(sum_over_ranks(torch.tensor([float(self.loss_sum)], dtype=torch.float64)))
         norm = t.engine.get_global_grad_norm()
+        epoch_length = t.stream.mixture.epoch_length(t.state.cursor.epoch)
         return {
-            "epoch": round(t.state.cursor.epoch + t.state.cursor.taken / t.stream.epoch_length, 4),
+            "epoch": round(t.state.cursor.epoch + t.state.cursor.taken / epoch_length, 4),
             "loss": loss / max(1, self.loss_tokens),
             "learning_rate": rate,
             "grad_norm": None if norm is None else float(norm),
@@ -253,7 +202,8 @@ def _validate(t: Training) -> dict[str, Any]:
     assert t.validation is not None
     started = time.perf_counter()
     t.engine.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, loss tokens, batches that couldn't be had
+    failure = None
     batches = validation_batches(
         t.validation,
         t.prompter,
@@ -265,11 +215,18 @@ def _validate(t: Training) -> dict[str, Any]:
     )
     for micro_batch in batches:
         sums += torch.tensor(
-            [float(token_loss_sum(t.engine, micro_batch.to(t.world.device))), micro_batch.num_loss_tokens],
+            [
+                float(token_loss_sum(t.engine, micro_batch.to(t.world.device))),
+                micro_batch.num_loss_tokens,
+                micro_batch.failure is not None,
+            ],
             dtype=torch.float64,
         )
+        failure = failure or micro_batch.failure
     t.engine.train()
-    loss_sum, loss_tokens = sum_over_ranks(sums).tolist()
+    loss_sum, loss_tokens, num_failures = sum_over_ranks(sums).tolist()
+    if num_failures:
+        raise RunFailed(next(filter(None, gather_objects(failure))))
     return {
         "validation_loss": loss_sum / max(1, loss_tokens),
         "validation_loss_tokens": int(loss_tokens),

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 
 from vlmdist.config import RunConfig, dump_run
+from vlmdist.data.costs import NUM_MEASURED, SampleCosts, apply_rule, measure_rule
 from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.stream import TrainStream
-from vlmdist.distributed import World, barrier
-from vlmdist.model.adapters import trains_vision
+from vlmdist.distributed import World, barrier, gather_objects
+from vlmdist.model.adapters import num_elements, part_sizes, trains_vision
+from vlmdist.model.families import Family
 from vlmdist.model.load import load_for_training, load_processor
-from vlmdist.run_folder import RunFolder, append_jsonl
+from vlmdist.run_folder import RunFolder
 from vlmdist.train.checkpoint import load_checkpoint, universal_if_needed
 from vlmdist.train.ds_config import offloads_optimizer
+from vlmdist.train.exchange import log_start
 from vlmdist.train.gradients import GradientWatch
 from vlmdist.train.inputs import Inputs
 from vlmdist.train.metrics import log
@@ -60,17 +63,22 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> 
     prompter = Prompter.for_run(load_processor(config.model), config)
     if config.prompt.train_on == "assistant":
         prompter.prove()
+    if prompter.has_images:
+        log.info("images: %s", prompter.pixels.describe())
     log.info("loading %s (%s)", config.model.name_or_path, config.model.quantization)
     model, family = load_for_training(config, world.device)
     _log_sizes(model)
+    costs = _plan_costs(inputs, prompter, model, family, world)
     engine = _start_engine(model, config, world, inputs)
     stream = TrainStream(
         inputs.mixture,
         prompter,
+        costs,
         rank=world.rank,
         world_size=world.size,
         global_batch_size=inputs.state.global_batch_size,
         micro_batch_size=config.train.per_device_train_batch_size,
+        max_tokens_per_micro_batch=config.train.max_tokens_per_micro_batch,
         total_steps=inputs.total_steps,
         num_workers=config.data.num_workers,
         needs_image=trains_vision(config.adapt, family),
@@ -107,6 +115,19 @@ def _start_engine(model: Any, config: RunConfig, world: World, inputs: Inputs) -
     return engine
 
 
+def _plan_costs(inputs: Inputs, prompter: Prompter, model: Any, family: Family, world: World) -> list[SampleCosts]:
+    """Costs of all samples; rank 0 measures the rule on those that come first, which it reads anyway (all ranks)."""
+    mixture = inputs.mixture
+    rule = None
+    if world.is_main:
+        sizes = part_sizes(model, family)
+        patch_work = sizes["vision_tower"] / max(1, sizes["language_model"] + sizes["head"])
+        samples = mixture.first_samples(inputs.state.cursor, NUM_MEASURED)
+        rule = measure_rule(mixture.corpora, samples, prompter, patch_work)
+    rule = gather_objects(rule)[0]
+    return [apply_rule(rule, corpus, prompter) for corpus in mixture.corpora]
+
+
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -114,12 +135,7 @@ def _seed(seed: int) -> None:
 
 
 def _log_sizes(model: Any) -> None:
-    # a 4-bit weight is stored as packed bytes: its own count of elements is given by its quant_state
-    def elements(p: Any) -> int:
-        state = getattr(p, "quant_state", None)
-        return int(np.prod(state.shape)) if state is not None else int(p.numel())
-
-    total = sum(elements(p) for p in model.parameters())
+    total = sum(num_elements(p) for p in model.parameters())
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%.1f M parameters, %.2f M of them train (%.2f %%)", total / 1e6, trains / 1e6, 100 * trains / total)
 
@@ -131,23 +147,7 @@ def _write_start(training: Training) -> None:
     starts = json.loads(run.environment_file.read_text(encoding="utf-8")) if run.environment_file.exists() else []
     starts.append(_environment(training.world))
     run.environment_file.write_text(json.dumps(starts, indent=1), encoding="utf-8")
-    corpora = [
-        {"fingerprint": c.fingerprint, "samples": len(c), "weight": w}
-        for c, w in zip(mixture.corpora, mixture.weights, strict=True)
-    ]
-    append_jsonl(
-        run.steps_file,
-        {
-            "start": True,
-            "resume_step": training.state.step,
-            "world_size": training.world.size,
-            "epoch_length": mixture.epoch_length(training.state.cursor.epoch),
-            "corpora": corpora,
-            "seed": config.seed,
-            "shuffle_block_size": config.data.shuffle_block_size,
-            "global_batch_size": training.state.global_batch_size,
-        },
-    )
+    log_start(run.steps_file, mixture, training.state.step, training.world.size, training.state.global_batch_size)
 
 
 def _environment(world: World) -> dict[str, Any]:

@@ -1,0 +1,414 @@
+"""The loaders that loaders.py compares, each used as its documentation shows, behind one interface.
+
+A sample is (number, image, conversation). Raw: JPEG and JSON as bytes. Decoded: 336 x 336 uint8, and the conversation as
+Python objects. All shuffle, in batches of BATCH.
+"""
+
+import functools
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+BATCH = 16
+SHUFFLE_BUFFER = 1000
+SIDE = 336
+SEED = 7
+
+Sample = tuple[int, Any, Any]
+Batch = tuple[list[int], Any, list[Any]]  # numbers, images, conversations
+
+
+class Loader:
+    """One loader over one epoch. ``load`` imports; ``open`` and ``state`` belong together, in one process."""
+
+    name = ""
+    is_peer = True
+    """Runs in the environment of the peers."""
+    how_to_resume = "state"
+
+    def load(self) -> None:
+        raise NotImplementedError
+
+    def load_decoder(self) -> None:
+        import numpy  # noqa: F401
+        import PIL.Image  # noqa: F401
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        """Write the source in the loader's own form; nothing where it reads tars."""
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        raise NotImplementedError
+
+    def state(self, taken: int) -> Any:
+        """What a checkpoint keeps after ``taken`` samples."""
+        return taken
+
+
+def decode_by_pil(jpeg: bytes) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return np.array(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def finish(number: int, jpeg: bytes, record: bytes | str, decoded: bool) -> Sample:
+    return (number, decode_by_pil(jpeg), json.loads(record)) if decoded else (number, jpeg, record)
+
+
+def collate(samples: Iterable[Sample]) -> Batch:
+    numbers, images, conversations = map(list, zip(*samples, strict=True))
+    if not isinstance(images[0], bytes):
+        import numpy as np
+        import torch
+
+        images = torch.from_numpy(np.stack(images))
+    return numbers, images, conversations
+
+
+def collate_rows(rows: Iterable[dict[str, Any]], decoded: bool) -> Batch:
+    return collate(finish(int(row["number"]), row["image"], row["record"], decoded) for row in rows)
+
+
+def torch_loader(dataset: Any, workers: int, collate_fn: Callable[..., Batch] = collate, **options: Any) -> Any:
+    from torch.utils.data import DataLoader
+
+    return DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=collate_fn, **options)
+
+
+def read_tars(tars: Path) -> Iterator[tuple[int, bytes, bytes]]:
+    """(number, JPEG, record) of the source."""
+    for file in sorted(tars.glob("*.tar")):
+        with tarfile.open(file) as tar:
+            members: dict[str, bytes] = {}
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                members[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                if len(members) == 2:
+                    yield int(key), members["jpg"], members["json"]
+                    members = {}
+
+
+# --- vlmdist ----------------------------------------------------------------------------------------------------------
+
+
+class CheckedSamples:
+    """``Corpus.read``, as training reads: checksums and the form of the conversation are checked."""
+
+    def __init__(self, tars: Path, decoded: bool):
+        from vlmdist.data.index import Corpus
+
+        self.corpus = Corpus.open(tars)
+        self.decoded = decoded
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, i: int) -> Sample:
+        sample = self.corpus.read(i)
+        image: Any = sample.images[0]
+        if self.decoded:
+            image = _decode(image)
+        return int(sample.key), image, sample.messages
+
+
+class UncheckedSamples(CheckedSamples):
+    """The same pread, and no more than the other loaders do with it."""
+
+    def __getitem__(self, i: int) -> Sample:
+        jpeg, record = self.read_bytes(i)
+        if self.decoded:
+            return int(self.corpus.key(i)), _decode(jpeg), json.loads(record)
+        return int(self.corpus.key(i)), jpeg, record
+
+    def read_bytes(self, i: int) -> list[bytes]:
+        """Members of the sample by extension: jpg, json."""
+        # behind Corpus.read, which has no way around the checks
+        first, extensions = self.corpus._members(i)
+        rows = slice(first, first + len(extensions))
+        spans = [self.corpus._columns[name][rows].tolist() for name in ("offset", "length")]
+        return self.corpus._read_spans(int(self.corpus._columns["shard"][first]), list(zip(*spans, strict=True)))
+
+
+def _decode(jpeg: bytes) -> Any:
+    from vlmdist.data.decode import decode_image
+    from vlmdist.data.torch_resize import resize
+
+    return resize(decode_image(jpeg).transpose(2, 0, 1), SIDE, SIDE, "bicubic")
+
+
+class Vlmdist(Loader):
+    name = "vlmdist"
+    is_peer = False
+    samples: type[CheckedSamples] = CheckedSamples
+
+    def load(self) -> None:
+        import torch
+
+        import vlmdist.data.index
+        import vlmdist.data.order  # noqa: F401
+
+        torch.set_num_threads(1)
+
+    def load_decoder(self) -> None:
+        import vlmdist.data.decode
+        import vlmdist.data.torch_resize  # noqa: F401
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        from vlmdist.data.order import epoch_order
+
+        dataset = self.samples(tars, decoded)
+        return torch_loader(dataset, workers, sampler=epoch_order(len(dataset), SEED, 0)[state or 0 :].tolist())
+
+
+class VlmdistUnchecked(Vlmdist):
+    name = "vlmdist, unchecked"
+    samples = UncheckedSamples
+
+
+# --- webdataset and datasets ------------------------------------------------------------------------------------------
+
+
+class Webdataset(Loader):
+    name = "webdataset"
+    is_peer = False
+    how_to_resume = "read again up to there, all seeds by hand"
+
+    def load(self) -> None:
+        import torch
+        import webdataset  # noqa: F401
+
+        torch.set_num_threads(1)
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        import webdataset
+
+        samples = self.shuffled(tars, webdataset.single_node_only)
+        if state:
+            samples = samples.slice(state, None)
+        dataset = samples.map(functools.partial(_from_webdataset, decoded=decoded))
+        return torch_loader(dataset, workers)
+
+    def shuffled(self, tars: Path, nodesplitter: Callable[..., Any]) -> Any:
+        import webdataset
+
+        urls = sorted(map(str, tars.glob("*.tar")))
+        options = {"shardshuffle": len(urls), "detshuffle": True, "seed": SEED, "nodesplitter": nodesplitter}
+        dataset = webdataset.WebDataset(urls, empty_check=False, **options)
+        return dataset.shuffle(SHUFFLE_BUFFER, rng=random.Random(SEED))
+
+
+def _from_webdataset(sample: dict[str, Any], decoded: bool) -> Sample:
+    return finish(int(sample["__key__"]), sample["jpg"], sample["json"], decoded)
+
+
+class HuggingFaceStreaming(Loader):
+    name = "datasets, parquet, streaming"
+    is_peer = False
+
+    def load(self) -> None:
+        import datasets
+        import torch
+
+        datasets.disable_progress_bars()
+        torch.set_num_threads(1)
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = [{"number": n, "image": jpeg, "record": record.decode()} for n, jpeg, record in read_tars(tars)]
+        folder.mkdir(exist_ok=True)
+        for part in range(8):
+            table = pyarrow.Table.from_pylist(rows[part::8])
+            parquet.write_table(table, folder / f"{part}.parquet", row_group_size=100)
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        import datasets
+
+        files = sorted(map(str, folder.glob("*.parquet")))
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        self.dataset = rows.shuffle(seed=SEED, buffer_size=SHUFFLE_BUFFER)
+        if state:
+            self.dataset.load_state_dict(state)
+        return torch_loader(self.dataset, workers, functools.partial(collate_rows, decoded=decoded))
+
+    def state(self, taken: int) -> Any:
+        return self.dataset.state_dict()
+
+
+class HuggingFaceArrow(HuggingFaceStreaming):
+    name = "datasets, Arrow, map style"
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        import datasets
+
+        rows = ({"number": n, "image": jpeg, "record": record.decode()} for n, jpeg, record in read_tars(tars))
+        datasets.Dataset.from_list(list(rows)).save_to_disk(folder)
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        import datasets
+
+        rows = datasets.load_from_disk(folder).shuffle(seed=SEED)
+        rows = rows.select(range(state or 0, len(rows)))
+        return torch_loader(rows, workers, functools.partial(collate_rows, decoded=decoded))
+
+    def state(self, taken: int) -> Any:
+        return taken
+
+
+# --- the peers --------------------------------------------------------------------------------------------------------
+
+
+class MosaicStreaming(Loader):
+    name = "mosaicml-streaming"
+
+    def load(self) -> None:
+        import torch
+
+        try:
+            import torchvision  # noqa: F401
+        except (ImportError, RuntimeError):
+            _stand_in_for_torchvision()
+        import streaming  # noqa: F401
+
+        torch.set_num_threads(1)
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        import streaming
+
+        columns = {"number": "int", "image": "bytes", "record": "bytes"}
+        with streaming.MDSWriter(out=str(folder), columns=columns) as writer:
+            for number, jpeg, record in read_tars(tars):
+                writer.write({"number": number, "image": jpeg, "record": record})
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        import streaming
+
+        streaming.base.util.clean_stale_shared_memory()
+        dataset = streaming.StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=SEED, batch_size=BATCH)
+        self.loader = streaming.StreamingDataLoader(
+            dataset, batch_size=BATCH, num_workers=workers, collate_fn=functools.partial(collate_rows, decoded=decoded)
+        )
+        if state:
+            self.loader.load_state_dict(state)
+        return self.loader
+
+    def state(self, taken: int) -> Any:
+        return self.loader.state_dict()
+
+
+def _stand_in_for_torchvision() -> None:
+    """streaming takes two names from it for its vision datasets; its wheels don't load beside a torch for CPUs."""
+    import importlib.machinery
+    import types
+
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        module = types.ModuleType(f"torchvision{name}")
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
+    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+
+
+class Litdata(Loader):
+    name = "litdata"
+
+    def load(self) -> None:
+        import litdata  # noqa: F401
+        import torch
+
+        torch.set_num_threads(1)
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        import litdata
+
+        litdata.optimize(
+            _to_litdata, sorted(map(str, tars.glob("*.tar"))), str(folder), chunk_bytes="64MB", num_workers=1
+        )
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        import litdata
+
+        dataset = litdata.StreamingDataset(str(folder), shuffle=True, seed=SEED, drop_last=False)
+        self.loader = litdata.StreamingDataLoader(
+            dataset,
+            batch_size=BATCH,
+            num_workers=workers,
+            collate_fn=functools.partial(_collate_views, decoded=decoded),
+        )
+        if state:
+            self.loader.load_state_dict(state)
+        return self.loader
+
+    def state(self, taken: int) -> Any:
+        return self.loader.state_dict()
+
+
+def _collate_views(rows: Iterable[dict[str, Any]], decoded: bool) -> Batch:
+    """Its bytes are views into a chunk, which neither pickle nor json takes."""
+    return collate_rows(({name: bytes(v) if name != "number" else v for name, v in r.items()} for r in rows), decoded)
+
+
+def _to_litdata(tar: str) -> Iterator[dict[str, Any]]:
+    with tarfile.open(tar) as opened:
+        members = {m.name: opened.extractfile(m).read() for m in opened}  # type: ignore[union-attr]
+    for key in sorted({name.partition(".")[0] for name in members}):
+        yield {"number": int(key), "image": members[f"{key}.jpg"], "record": members[f"{key}.json"]}
+
+
+class Energon(Loader):
+    name = "megatron-energon"
+
+    def load(self) -> None:
+        import loader_energon  # noqa: F401
+        import torch
+
+        torch.set_num_threads(1)
+
+    def prepare(self, tars: Path, folder: Path) -> None:
+        folder.mkdir()
+        for tar in tars.glob("*.tar"):
+            os.link(tar, folder / tar.name)
+        command = [str(Path(sys.executable).with_name("energon")), "prepare", str(folder), "--non-interactive"]
+        options = ["--no-progress", "--num-workers", "1", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+
+    def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
+        from loader_energon import DecodedTask, RawTask
+        from megatron import energon
+
+        config = energon.WorkerConfig(rank=0, world_size=1, num_workers=workers)
+        dataset = energon.get_train_dataset(
+            folder,
+            worker_config=config,
+            batch_size=BATCH,
+            shuffle_buffer_size=SHUFFLE_BUFFER,
+            max_samples_per_sequence=100,
+            task_encoder=DecodedTask() if decoded else RawTask(),
+        )
+        self.loader = energon.get_savable_loader(dataset)
+        if state:
+            self.loader.restore_state_rank(state)
+        return (batch.content for batch in self.loader)
+
+    def state(self, taken: int) -> Any:
+        return self.loader.save_state_rank()
+
+
+LOADERS: tuple[Loader, ...] = (
+    Vlmdist(),
+    VlmdistUnchecked(),
+    Webdataset(),
+    HuggingFaceStreaming(),
+    HuggingFaceArrow(),
+    MosaicStreaming(),
+    Litdata(),
+    Energon(),
+)
