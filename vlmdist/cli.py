@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--headers-only",
         action="store_true",
-        help="places and lengths only, twenty times as fast; samples are then checked when they are read",
+        help="places and lengths only, ten times as fast; samples are then checked when they are read",
     )
     sub.add_argument("--processes", type=int, metavar="N", help="that share the shards (default: as many as gain time)")
     as_json(sub)

@@ -19,31 +19,24 @@ class ItemBatch(Batch):
 
 
 @stateless
-def cook_raw(sample: dict[str, Any]) -> Item:
-    return _cook(sample, decoded=False)
+def cook(sample: dict[str, Any]) -> Item:
+    number = int(sample["__key__"].split("/")[-1])
+    return Item(**basic_sample_keys(sample), number=number, image=sample["jpg"], conversation=sample["json"])
 
 
-@stateless
-def cook_decoded(sample: dict[str, Any]) -> Item:
-    return _cook(sample, decoded=True)
+class Task(DefaultTaskEncoder):  # type: ignore[misc]
+    decoder = None  # bytes stay bytes in the shuffle buffer
+    cookers = [Cooker(cook)]  # noqa: RUF012 - as energon's documentation writes it
 
+    def __init__(self, decoded: bool):
+        super().__init__()
+        self.decoded = decoded
 
-def _cook(sample: dict[str, Any], decoded: bool) -> Item:
-    number, image, conversation = finish(int(sample["__key__"].split("/")[-1]), sample["jpg"], sample["json"], decoded)
-    return Item(**basic_sample_keys(sample), number=number, image=image, conversation=conversation)
-
-
-class _Task(DefaultTaskEncoder):  # type: ignore[misc]
-    decoder = None  # bytes stay bytes; cooks decode
+    @stateless
+    def encode_sample(self, sample: Item) -> Item:
+        _, image, conversation = finish(sample.number, sample.image, sample.conversation, self.decoded)
+        return Item.derive_from(sample, number=sample.number, image=image, conversation=conversation)
 
     @stateless
     def batch(self, samples: list[Item]) -> ItemBatch:
         return ItemBatch.from_samples(samples, content=collate((s.number, s.image, s.conversation) for s in samples))
-
-
-class RawTask(_Task):
-    cookers = [Cooker(cook_raw)]  # noqa: RUF012 - as energon's documentation writes it
-
-
-class DecodedTask(_Task):
-    cookers = [Cooker(cook_decoded)]  # noqa: RUF012

@@ -7,8 +7,8 @@
 Photographs of about 0.65 megapixels as JPEG, each with a conversation like LLaVA's, in tars of 256. Every loader
 shuffles (buffers of 1,000 where it has one) and gives batches of 16.
 
-- raw: JPEG and JSON as bytes, over a whole epoch from opening. vlmdist checks each sample's checksum and parses and checks
-  its conversation, as training does; "vlmdist, unchecked" does no more than the others.
+- raw: JPEG and JSON as bytes, over a whole epoch from opening. vlmdist also checks each sample's checksum and parses
+  and checks its conversation, as training does; "vlmdist, unchecked" does no more than the others.
 - decoded: 336 x 336 uint8 and the conversation parsed; vlmdist by its own decoder and resize, the others by Pillow.
 - first sample: from opening to the first batch, imports aside. resume: the same from a state kept at half an epoch.
 - peak memory: proportional set size (PSS) of the process and its workers over one epoch, raw.
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from loader_sides import LOADERS, Loader
+from loader_peers import LOADERS
+from loader_sides import Loader
 
 CHILD = Path(__file__).with_name("loader_child.py")
 SAMPLES_PER_SHARD = 256

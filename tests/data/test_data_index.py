@@ -1,11 +1,13 @@
 """Tars that anyone wrote get an index; a corpus that isn't what its index says is refused with the mending command."""
 
+import json
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import webdataset
 
+from vlmdist import cli
 from vlmdist.data.build import build_index
 from vlmdist.data.index import Corpus
 from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
@@ -299,6 +302,16 @@ def test_a_stopped_index_leaves_no_process_and_no_file(number: signal.Signals, t
     assert not list(tmp_path.glob("*index*"))
 
 
+def test_the_command_takes_its_options(write_corpus: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_corpus(10))
+    assert cli.main(["index", folder, "--headers-only", "--processes", "2", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["verified"]
+    assert cli.main(["index", folder]) == 0
+    assert "not verified" not in capsys.readouterr().out
+    assert cli.main(["index", folder, "--processes", "0"]) == 2
+    assert "--processes 0: at least 1" in capsys.readouterr().err
+
+
 def _wait_for(find: Callable[[], list], wanted: int) -> list:
     end = time.monotonic() + 60
     while len(found := find()) < wanted:
@@ -369,7 +382,5 @@ def test_another_tar_of_the_same_size_is_told_by_its_headers(
 
 
 def _members_of(path: Path, tables: IndexTables) -> list[tuple[str, bytes]]:
-    import tarfile
-
     with tarfile.open(path) as tar:
         return [(m.name, tar.extractfile(m).read()) for m in tar]

@@ -87,8 +87,7 @@ def _join(target: Path, pieces: Sequence[_Piece]) -> None:
         first.tar.rename(target)
     if others and others[0].tar.exists():
         with open(target, "r+b") as f:
-            f.truncate(first.num_bytes)
-            f.seek(first.num_bytes)
+            f.seek(first.num_bytes)  # over the end of the archive; what comes is no shorter
             for piece in others:
                 _append(f, piece)
             f.write(end_of_tar(f.tell()))

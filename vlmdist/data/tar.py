@@ -1,6 +1,6 @@
 """Where the members of a tar lie: a walk over its headers that reads nothing else.
 
-Ten times as fast as ``tarfile``. Knows ustar, GNU long names and pax headers, as GNU tar, bsdtar, Python and the
+Seven times as fast as ``tarfile``. Knows ustar, GNU long names and pax headers, as GNU tar, bsdtar, Python and the
 webdataset package write them. Layout: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html and
 https://www.gnu.org/software/tar/manual/html_node/Standard.html
 
@@ -158,13 +158,13 @@ def _pax_records(data: bytes, position: int) -> dict[str, str]:
     records = {}
     start, end = 0, len(data.rstrip(b"\0"))
     while start < end:
-        space = data.find(b" ", start, start + 20)
-        length = _decimal(_text(data[start:space]), position) if space > 0 else 0
-        key, equals, value = data[space + 1 : start + length - 1].partition(b"=")
-        if not equals or data[start + length - 1 : start + length] != b"\n":
+        digits, _, _ = data[start : start + 20].partition(b" ")
+        text, stop = start + len(digits) + 1, start + _decimal(_text(digits), position)
+        key, equals, value = data[text : max(text, stop - 1)].partition(b"=")
+        if not equals or data[stop - 1 : stop] != b"\n":
             raise BrokenTar(f"the pax header at byte {position} is damaged")
         records[_text(key)] = _text(value)
-        start += length
+        start = stop
     return records
 
 

@@ -1,4 +1,4 @@
-"""The samples of a tar by its headers alone where all of them are plain: three times as fast as ``sample_places``.
+"""The samples of a tar by its headers alone where all of them are plain: twice as fast as ``sample_places``.
 
 Plain is what Python, GNU tar and webdataset write for short names: ustar headers without prefix, before each at most a
 pax header that states a fraction of a second; names KEY.EXTENSION, the members of a sample side by side. For a tar with
@@ -48,43 +48,43 @@ def list_plain_samples(read_at: ReadAt, end: int) -> PlainSamples | None:
     names: list[bytes] = []
     lengths: list[int] = []
     headers: list[bytes] = []  # whose names are not taken yet
-    position, window, window_start = 0, b"", 0
-    while position < end:
-        at = position - window_start
+    has_pax = read_at(1, 156) == b"x"  # then before every member
+    window, window_start, at = b"", 0, 0
+    while True:
         header = window[at : at + BLOCK_BYTES]
-        if len(header) < BLOCK_BYTES:
-            window, window_start, at = read_at(_WINDOW_BYTES, position), position, 0
+        if len(header) < BLOCK_BYTES or (has_pax and at + 2 * BLOCK_BYTES > len(window)):
+            if len(headers) >= _HEADERS_AT_ONCE:
+                if not _take_names(headers, names, has_pax):
+                    return None
+                headers = []
+            window_start, at = window_start + at, 0
+            if window_start >= end:
+                break
+            window = read_at(_WINDOW_BYTES, window_start)
             header = window[:BLOCK_BYTES]
         try:
             length = int(header[124:135], 8)
         except ValueError:  # the end, or nothing plain
             break
-        if header[156:157] == b"x":
-            if at + 2 * BLOCK_BYTES > len(window):
-                window, window_start, at = read_at(_WINDOW_BYTES, position), position, 0
-            if not _states_time_only(window[at + BLOCK_BYTES : at + 2 * BLOCK_BYTES], length):
-                return None
         if length < 0:
             return None
         headers.append(header)
         lengths.append(length)
-        position += BLOCK_BYTES + (length + BLOCK_BYTES - 1 & -BLOCK_BYTES)
-        if len(headers) == _HEADERS_AT_ONCE:
-            if not _take_names(headers, names):
-                return None
-            headers = []
-    if not _take_names(headers, names) or not names or position > end or skip_zeros(read_at, position, end) < end:
-        return None
-    return _group(names, np.array(lengths, np.int64))
+        if has_pax and header[156:157] == b"x" and not _states_time_only(window[at + BLOCK_BYTES :], length):
+            return None
+        at += BLOCK_BYTES + (length + BLOCK_BYTES - 1 & -BLOCK_BYTES)
+    position = window_start + at
+    is_whole = _take_names(headers, names, has_pax) and position <= end == skip_zeros(read_at, position, end)
+    return _group(names, np.array(lengths, np.int64)) if names and is_whole else None
 
 
-def _states_time_only(block: bytes, length: int) -> bool:
-    """Whether a pax header of that length says nothing of its member but when it was changed."""
-    record = _PAX_TIME.match(block)
+def _states_time_only(content: bytes, length: int) -> bool:
+    """Whether a pax header whose content begins so says nothing of its member but when it was changed."""
+    record = _PAX_TIME.match(content)
     return record is not None and int(record[1]) == len(record[0]) == length
 
 
-def _take_names(headers: list[bytes], names: list[bytes]) -> bool:
+def _take_names(headers: list[bytes], names: list[bytes], has_pax: bool) -> bool:
     """Append the names of headers; False where one of them is not plain, or damaged."""
     joined = b"".join(headers)
     if len(joined) < len(headers) * BLOCK_BYTES:  # the last one is cut off
@@ -92,14 +92,14 @@ def _take_names(headers: list[bytes], names: list[bytes]) -> bool:
     table = np.frombuffer(joined, np.uint8).reshape(-1, BLOCK_BYTES)
     digits = table[:, 148:154] - ord("0")  # uint8: what is below "0" becomes large
     total = table.sum(1, dtype=np.uint32) - table[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
-    is_pax = table[:, 156] == ord("x")
+    is_pax, behind_size = table[:, 156] == ord("x"), table[:, 135]
     is_plain = (
         (digits < 8).all()
         and (digits @ _OCTAL == total).all()
         and (table[:, 154] == 0).all()
         and (table[:, 155] == ord(" ")).all()
-        and (is_pax | (table[:, 156] == ord("0"))).all()  # regular file
-        and np.isin(table[:, 135], (0, ord(" "))).all()  # behind the size
+        and (is_pax & has_pax | (table[:, 156] == ord("0"))).all()  # regular file
+        and ((behind_size == 0) | (behind_size == ord(" "))).all()
         and not table[:, 345].any()  # prefix of the name
         and table[:, 0].all()
     )
