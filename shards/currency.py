@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.corpora import (
+from vlmdist.data.convert.corpora import (
     CorpusWriter,
     Row,
     add_bad_share,
@@ -32,8 +32,8 @@ from vlmdist.data.corpora import (
     question_and_answer,
     run_script,
 )
-from vlmdist.data.instructions import count_answer, currency_question
-from vlmdist.data.splits import move_leaks
+from vlmdist.data.convert.instructions import count_answer, currency_question
+from vlmdist.data.convert.splits import move_leaks
 from vlmdist.errors import UserError
 
 ANNOTATIONS = "_annotations.coco.json"

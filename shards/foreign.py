@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.corpora import (
+from vlmdist.data.convert.corpora import (
     CorpusWriter,
     Row,
     add_bad_share,

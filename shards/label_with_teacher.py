@@ -39,8 +39,8 @@ from receipt_lines import find_files, read_rows
 from teacher_options import make_budget, make_parser, make_teacher, read_options
 from teacher_prompts import IMAGE_MIME, Prompt, find_line, find_object, image_prompt, line_prompt, read_text
 
-from vlmdist.data.account import NUM_NAMED
-from vlmdist.data.corpora import (
+from vlmdist.data.convert.account import NUM_NAMED
+from vlmdist.data.convert.corpora import (
     CorpusWriter,
     Row,
     bytes_group,
@@ -49,10 +49,10 @@ from vlmdist.data.corpora import (
     read_bytes,
     run_script,
 )
-from vlmdist.data.splits import assign_splits
-from vlmdist.data.teacher import Asking, StoppedBySignal
-from vlmdist.data.teacher_answers import AnswerLog, Check, Question, question_key
-from vlmdist.data.teacher_budget import Pace
+from vlmdist.data.convert.splits import assign_splits
+from vlmdist.data.teacher.answers import AnswerLog, Check, Question, question_key
+from vlmdist.data.teacher.asking import Asking, StoppedBySignal
+from vlmdist.data.teacher.budget import Pace
 from vlmdist.errors import BadSample, RunFailed, UserError
 from vlmdist.run_folder import replace_file_text
 

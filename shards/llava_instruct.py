@@ -28,10 +28,10 @@ from typing import Any
 from parquet_rows import SPLITS, SourceFile, find_sources, plan_chunks, read_rows
 from seen_images import DIGEST_BYTES, SeenImages, digest_of, row_name, save_seen, to_array
 
-from vlmdist.data.conversion import MAX_BYTES_PER_SHARD, Conversion
-from vlmdist.data.corpora import Row, add_bad_share, count, make_parser, run_script
-from vlmdist.data.parts import Chunk, Part
-from vlmdist.data.workers import usable_cores
+from vlmdist.data.convert.conversion import MAX_BYTES_PER_SHARD, Conversion
+from vlmdist.data.convert.corpora import Row, add_bad_share, count, make_parser, run_script
+from vlmdist.data.convert.parts import Chunk, Part
+from vlmdist.distributed import usable_cores
 from vlmdist.errors import BadSample, UserError
 
 COLUMNS = ("messages", "images")

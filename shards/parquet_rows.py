@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmdist.data.corpora import scratch_folder
-from vlmdist.data.parts import Chunk
+from vlmdist.data.convert.corpora import scratch_folder
+from vlmdist.data.convert.parts import Chunk
 from vlmdist.errors import UserError
 
 SPLITS = ("train", "validation", "test")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.corpora import (
+from vlmdist.data.convert.corpora import (
     CorpusWriter,
     Row,
     add_bad_share,
@@ -35,8 +35,8 @@ from vlmdist.data.corpora import (
     scratch_folder,
     share,
 )
-from vlmdist.data.instructions import LINE_SEPARATOR, NONE, RECEIPT_LINE
-from vlmdist.data.splits import assign_splits, move_leaks
+from vlmdist.data.convert.instructions import LINE_SEPARATOR, NONE, RECEIPT_LINE
+from vlmdist.data.convert.splits import assign_splits, move_leaks
 from vlmdist.errors import BadSample, UserError
 
 SUFFIXES = (".jsonl", ".csv")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdist.data.corpora import (
+from vlmdist.data.convert.corpora import (
     CorpusWriter,
     Row,
     add_bad_share,
@@ -31,8 +31,8 @@ from vlmdist.data.corpora import (
     run_script,
     share,
 )
-from vlmdist.data.instructions import RECEIPT_FIELDS, RECEIPT_IMAGE, receipt_answer
-from vlmdist.data.splits import assign_splits, move_leaks
+from vlmdist.data.convert.instructions import RECEIPT_FIELDS, RECEIPT_IMAGE, receipt_answer
+from vlmdist.data.convert.splits import assign_splits, move_leaks
 from vlmdist.errors import BadSample, UserError
 
 SPLITS = ("train", "test")
@@ -126,7 +126,7 @@ def read_truth(file: Path) -> dict[str, str]:
 
 def pixels_group(file: Path) -> str:
     """Equal pictures, equal group, also where one was written again by another encoder without loss."""
-    from vlmdist.data.decode import decode_image
+    from vlmdist.data.images.decode import decode_image
 
     try:
         image = decode_image(file.read_bytes())

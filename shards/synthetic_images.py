@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from synthetic_vocabulary import CATEGORIES, COMPANY_END, COMPANY_FIRST, COMPANY_SECOND, STREETS, TOWNS
 
-from vlmdist.data.corpora import Row, question_and_answer
-from vlmdist.data.instructions import RECEIPT_IMAGE, receipt_answer
+from vlmdist.data.convert.corpora import Row, question_and_answer
+from vlmdist.data.convert.instructions import RECEIPT_IMAGE, receipt_answer
 
 NUM_SHOPS = 48
 NUM_UNSEEN_SHOPS = 12  # in the test split only

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from synthetic_vocabulary import CATEGORIES, UNITS, Aisle
 
-from vlmdist.data.corpora import Row, question_and_answer
-from vlmdist.data.instructions import LINE_SEPARATOR, NONE, RECEIPT_LINE
+from vlmdist.data.convert.corpora import Row, question_and_answer
+from vlmdist.data.convert.instructions import LINE_SEPARATOR, NONE, RECEIPT_LINE
 from vlmdist.errors import UserError
 
 UNSEEN_SHARE = 0.15  # of all product and brand pairs; they occur in the test split only

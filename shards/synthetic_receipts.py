@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from synthetic_images import make_images
 from synthetic_lines import make_lines
 
-from vlmdist.data.corpora import CorpusWriter, Row, count, make_parser, run_script
+from vlmdist.data.convert.corpora import CorpusWriter, Row, count, make_parser, run_script
 from vlmdist.errors import UserError
 
 DEFAULT_SIZES = {"lines": (2000, 100, 200), "images": (400, 40, 60)}

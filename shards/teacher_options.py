@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.corpora import count, share
-from vlmdist.data.instructions import RECEIPT_FIELDS
-from vlmdist.data.teacher_budget import REQUESTS_FILE, Budget, Prices
-from vlmdist.data.teacher_endpoint import DEFAULT_BASE_URL, Teacher, answer_limit
+from vlmdist.data.convert.corpora import count, share
+from vlmdist.data.convert.instructions import RECEIPT_FIELDS
+from vlmdist.data.teacher.budget import REQUESTS_FILE, Budget, Prices
+from vlmdist.data.teacher.endpoint import DEFAULT_BASE_URL, Teacher, answer_limit
 from vlmdist.errors import UserError
 
 DEFAULT_REQUEST = {"temperature": 0, "max_tokens": 512}

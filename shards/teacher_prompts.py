@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.corpora import bytes_group, read_bytes
-from vlmdist.data.instructions import LINE_SEPARATOR, RECEIPT_LINE
-from vlmdist.data.shards import image_extension
-from vlmdist.data.teacher_answers import Check
-from vlmdist.data.teacher_endpoint import Message
+from vlmdist.data.convert.corpora import bytes_group, read_bytes
+from vlmdist.data.convert.instructions import LINE_SEPARATOR, RECEIPT_LINE
+from vlmdist.data.shards.writer import image_extension
+from vlmdist.data.teacher.answers import Check
+from vlmdist.data.teacher.endpoint import Message
 from vlmdist.errors import BadSample, UserError
 from vlmdist.evaluate.parse import ANSWER_MARKER, has_fields_form
 

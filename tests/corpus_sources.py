@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmdist.data.corpora import run_script
+from vlmdist.data.convert.corpora import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("VLMDIST_REAL_DATA", ROOT.parent / "shared" / "data"))

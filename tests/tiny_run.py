@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from tiny_models import make_tiny_llama
 
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.writer import ShardWriter
 
 _GOODS = {"milk": "Dairy", "bread": "Bakery", "tea": "Drinks", "soap": "Household", "rice": "Grocery"}
 

@@ -109,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
 
     sub = command("index", _index, "make or refresh the index of a folder of WebDataset tars, whoever wrote them")
-    sub.add_argument("shards", type=Path, help="folder of .tar files")
+    sub.add_argument(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="a folder of .tar files; or URLs of tars elsewhere (https, s3, gs, pipe:..., with {000..099} and *)",
+    )
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="where the index of tars elsewhere goes")
     sub.add_argument(
         "--headers-only",
         action="store_true",
@@ -124,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "counts, sizes and bad samples of a corpus; one sample as the model sees it",
         overrides=True,
     )
-    sub.add_argument("shards", type=Path, help="folder of .tar files with their index")
+    sub.add_argument("shards", metavar="SHARDS", help="folder or URL of .tar files with their index")
     sub.add_argument("--run", dest="run_file", metavar="RUN.yaml", help="show tokens as this run's model sees them")
     sub.add_argument("--key", help="show this sample")
     as_json(sub)
@@ -165,36 +171,52 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _index(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from vlmdist.data.build import build_index
     from vlmdist.data.inspect import format_inspection, inspect_corpus
+    from vlmdist.data.remote.store import is_url
+    from vlmdist.data.shards.build import build_index
+    from vlmdist.data.shards.build_remote import index_remote
 
     if arguments.processes is not None and arguments.processes < 1:
         raise UserError(f"--processes {arguments.processes}: at least 1")
-    corpus = build_index(
-        arguments.shards,
-        processes=arguments.processes,
-        headers_only=arguments.headers_only,
-        progress=not arguments.json,
-    )
+    elsewhere = [is_url(source) for source in arguments.shards]
+    if not any(elsewhere) and (len(arguments.shards) > 1 or arguments.out is not None):
+        raise UserError("tars in a local folder get their index there: vlmdist index FOLDER, one folder at a time")
+    if any(elsewhere):
+        if arguments.out is None:
+            raise UserError("tars elsewhere need a local folder for their index: --out FOLDER")
+        if arguments.headers_only or arguments.processes is not None:
+            raise UserError("--headers-only and --processes are for tars in a local folder")
+        corpus = index_remote(arguments.shards, arguments.out, progress=not arguments.json)
+    else:
+        corpus = build_index(
+            Path(arguments.shards[0]),
+            processes=arguments.processes,
+            headers_only=arguments.headers_only,
+            progress=not arguments.json,
+        )
     facts = inspect_corpus(corpus)
     print(json.dumps(facts) if arguments.json else format_inspection(facts))
 
 
 def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from vlmdist.data.index import Corpus
     from vlmdist.data.inspect import format_inspection, inspect_corpus
+    from vlmdist.data.shards.corpus import Corpus
 
-    corpus = Corpus.open(arguments.shards)
-    facts = inspect_corpus(corpus, key=arguments.key)
     if arguments.run_file is None:
+        if overrides:
+            raise UserError("overrides belong to a run file: --run RUN.yaml")
+        facts = inspect_corpus(Corpus.open(arguments.shards), key=arguments.key)
         print(json.dumps(facts) if arguments.json else format_inspection(facts))
         return
     from vlmdist.config import load_run
     from vlmdist.data.prompt import Prompter
+    from vlmdist.data.remote.cache import RemoteAccess
     from vlmdist.data.show import as_seen, format_as_seen
     from vlmdist.model.load import load_processor
 
     config = load_run(arguments.run_file, overrides)
+    corpus = Corpus.open(arguments.shards, RemoteAccess.for_run(config.data))
+    facts = inspect_corpus(corpus, key=arguments.key)
     prompter = Prompter.for_run(load_processor(config.model), config)
     facts["as_seen"] = as_seen(corpus, prompter, arguments.key)
     print(json.dumps(facts) if arguments.json else format_inspection(facts) + "\n\n" + format_as_seen(facts["as_seen"]))

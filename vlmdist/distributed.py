@@ -31,6 +31,11 @@ class World:
         return self.rank == 0
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: those of its Slurm step or container, not of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def adopt_slurm_environment() -> None:
     """Inside an ``srun`` step that set MASTER_ADDR, take rank and world size from Slurm (one task a rank)."""
     env = os.environ

@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmdist.data.decode import decode_image, read_image_size
-from vlmdist.data.pixels import Pixels, prove_pixels
+from vlmdist.data.images.decode import decode_image, read_image_size
+from vlmdist.data.images.pixels import Pixels, prove_pixels
 
 Rates = dict[str, float]  # images per CPU-second by side
 

@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
-from vlmdist.data.index_file import write_index
-from vlmdist.data.index_rows import IndexRows
 from vlmdist.data.inspect import inspect_corpus
-from vlmdist.data.tar import walk_tar
-from vlmdist.data.tar_samples import MemberPlace, shard_facts
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.index_file import write_index
+from vlmdist.data.shards.index_rows import IndexRows
+from vlmdist.data.shards.tar import walk_tar
+from vlmdist.data.shards.tar_samples import MemberPlace, shard_facts
 
 SAMPLES_PER_SHARD = 1000
 MEAN_BYTES = 185_000

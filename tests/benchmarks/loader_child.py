@@ -103,8 +103,8 @@ def _webdataset_on_ranks(loader: Webdataset, tars: Path, samples: int, world_siz
 
 def _ours_on_ranks(tars: Path, first: int, last: int, world_size: int, global_batch_size: int) -> list[int]:
     """Keys that the ranks read from position ``first`` of the epoch until ``last`` is reached."""
-    from vlmdist.data.index import Corpus
     from vlmdist.data.order import Cursor, epoch_order, step_slice
+    from vlmdist.data.shards.corpus import Corpus
 
     keys = []
     for rank in range(world_size):

@@ -100,7 +100,7 @@ class CheckedSamples:
     """``Corpus.read``, as training reads: checksums and the form of the conversation are checked."""
 
     def __init__(self, tars: Path, decoded: bool):
-        from vlmdist.data.index import Corpus
+        from vlmdist.data.shards.corpus import Corpus
 
         self.corpus = Corpus.open(tars)
         self.decoded = decoded
@@ -135,8 +135,8 @@ class UncheckedSamples(CheckedSamples):
 
 
 def _decode(jpeg: bytes) -> Any:
-    from vlmdist.data.decode import decode_image
-    from vlmdist.data.torch_resize import resize
+    from vlmdist.data.images.decode import decode_image
+    from vlmdist.data.images.torch_resize import resize
 
     return resize(decode_image(jpeg).transpose(2, 0, 1), SIDE, SIDE, "bicubic")
 
@@ -149,14 +149,13 @@ class Vlmdist(Loader):
     def load(self) -> None:
         import torch
 
-        import vlmdist.data.index
         import vlmdist.data.order  # noqa: F401
 
         torch.set_num_threads(1)
 
     def load_decoder(self) -> None:
-        import vlmdist.data.decode
-        import vlmdist.data.torch_resize  # noqa: F401
+        import vlmdist.data.images.decode
+        import vlmdist.data.images.torch_resize  # noqa: F401
 
     def open(self, tars: Path, folder: Path, decoded: bool, workers: int, state: Any = None) -> Iterable[Batch]:
         from vlmdist.data.order import epoch_order

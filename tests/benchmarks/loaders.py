@@ -78,8 +78,8 @@ def make_source(tars: Path, num_samples: int) -> float:
     """Tars with an index; returns the mean bytes of a JPEG."""
     from decode import draw_photograph
 
-    from vlmdist.data.corpora import question_and_answer
-    from vlmdist.data.shards import ShardWriter
+    from vlmdist.data.convert.corpora import question_and_answer
+    from vlmdist.data.shards.writer import ShardWriter
 
     photos = [draw_photograph(seed) for seed in range(NUM_PHOTOS)]
     text = "What does the picture show, and what may have happened before? "

@@ -28,10 +28,10 @@ from typing import Any
 import webdataset
 from PIL import Image
 
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import epoch_order
-from vlmdist.data.shard_cache import RemoteAccess
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.writer import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from http_server import FileServer  # noqa: E402 - the tests' server

@@ -25,8 +25,8 @@ from stream_ranks import StreamRun
 from tiny_models import make_tiny_llava
 
 from vlmdist.audit import audit_run, format_audit
-from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import Mixture
 
 MAX_LENGTH = 4096

@@ -10,7 +10,7 @@ import webdataset
 from corpus_sources import call_as_user, read_samples
 from PIL import Image
 
-from vlmdist.data.index import Corpus
+from vlmdist.data.shards.corpus import Corpus
 
 
 def jpeg(shade: int) -> bytes:

@@ -9,7 +9,7 @@ from corpus_sources import bytes_of, call, left_out, read_samples, refused
 from llava_source import picture, row, write_parquet
 from pyarrow import parquet
 
-from vlmdist.data.index import Corpus
+from vlmdist.data.shards.corpus import Corpus
 
 SCRIPT = "llava_instruct"
 ALONE = ("--processes", 1)  # starting others takes longer than these tests

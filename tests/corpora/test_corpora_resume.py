@@ -14,9 +14,9 @@ import pytest
 from corpus_sources import ROOT, call, refused
 from llava_source import picture, row, write_parquet
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
-from vlmdist.data.projection import Projection
+from vlmdist.data.convert.projection import Projection
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
 
 SCRIPT = "llava_instruct"
 ALONE = ("--processes", 1)

@@ -8,7 +8,7 @@ import pytest
 from corpus_sources import answer_of, bytes_of, call, call_as_user, question_of, read_samples, refused
 from PIL import Image
 
-from vlmdist.data.index import Corpus
+from vlmdist.data.shards.corpus import Corpus
 
 LINE_PROMPT = (
     "Expand abbreviations for products (receipt items), additionally highlight the product, brand and category: "

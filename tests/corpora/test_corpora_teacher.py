@@ -25,8 +25,8 @@ from teacher_server import (
     teacher_server,
 )
 
-from vlmdist.data.instructions import RECEIPT_IMAGE
-from vlmdist.data.teacher_endpoint import read_retry_after
+from vlmdist.data.convert.instructions import RECEIPT_IMAGE
+from vlmdist.data.teacher.endpoint import read_retry_after
 from vlmdist.errors import BadSample
 
 SCRIPT = "label_with_teacher"
@@ -280,7 +280,7 @@ def test_a_signal_waits_for_answers_on_their_way(tmp_path: Path, number: signal.
 
 
 def test_a_signal_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmdist.data.teacher.GRACE_S", 0.3)
+    monkeypatch.setattr("vlmdist.data.teacher.asking.GRACE_S", 0.3)
 
     def behaviour(item: str, times_before: int) -> Action:
         os.kill(os.getpid(), signal.SIGTERM)

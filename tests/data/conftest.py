@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.writer import ShardWriter
 
 
 def _encode(image: Image.Image, format: str, **options: object) -> bytes:

@@ -10,10 +10,10 @@ from tiny_models import make_tiny_llava, train_tiny_tokenizer
 from tiny_run import write_lines
 
 from vlmdist.data.costs import NUM_MEASURED, SampleCosts, apply_rule, measure_rule
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.data.stream import Mixture
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from vlmdist.data import decode
-from vlmdist.data.decode import decode_image, read_image_size
-from vlmdist.data.image_header import plain_jpeg_size, plain_png_size
+from vlmdist.data.images import decode
+from vlmdist.data.images.decode import decode_image, read_image_size
+from vlmdist.data.images.header import plain_jpeg_size, plain_png_size
 from vlmdist.errors import BadSample
 
 # vlmdist silences Pillow's warnings; pytest turns them on again

@@ -9,9 +9,9 @@ from tiny_models import train_tiny_tokenizer
 from tiny_run import write_lines
 
 from vlmdist.audit import audit_run
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import Mixture
 from vlmdist.run_folder import read_jsonl
 

@@ -18,10 +18,10 @@ import pytest
 import webdataset
 
 from vlmdist import cli
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
-from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
-from vlmdist.data.shard_check import header_differences
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.header_check import header_differences
+from vlmdist.data.shards.index_file import INDEX_NAME, IndexTables, read_index
 from vlmdist.errors import BadSample, UserError
 
 Make = Callable[..., bytes]
@@ -231,7 +231,7 @@ def test_pickled_and_forked_corpora_read_the_same(write_corpus: Callable[..., Pa
 
 
 def test_files_stay_few_with_many_shards(write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmdist.data.shard_reader._MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("vlmdist.data.shards.reader._MAX_OPEN_SHARDS", 3)
     corpus = Corpus.open(write_corpus(24, max_samples_per_shard=1))
     before = len(os.listdir("/proc/self/fd"))
     for i in range(24):
@@ -280,7 +280,7 @@ def test_a_stopped_index_leaves_no_process_and_no_file(number: signal.Signals, t
     for name in ("0.tar", "1.tar"):
         os.mkfifo(tmp_path / name)
     program = (
-        "import pathlib, sys; from vlmdist.data import build; from vlmdist import cli\n"
+        "import pathlib, sys; from vlmdist.data.shards import build; from vlmdist import cli\n"
         "build.list_shards = lambda folder: sorted(folder.glob('*.tar'))\n"
         f"if __name__ == '__main__': sys.exit(cli.main(['index', {str(tmp_path)!r}, '--processes', '2', '--json']))\n"
     )
@@ -347,7 +347,7 @@ def test_the_fast_and_the_careful_way_make_the_same_index(
     folder = write_corpus(10)
     build_index(folder, headers_only=True)
     fast = (folder / INDEX_NAME).read_bytes()
-    monkeypatch.setattr("vlmdist.data.build.plain_samples", lambda shard: None)
+    monkeypatch.setattr("vlmdist.data.shards.build.plain_samples", lambda shard: None)
     build_index(folder, headers_only=True)
     assert (folder / INDEX_NAME).read_bytes() == fast
 
@@ -364,6 +364,7 @@ def test_another_tar_of_the_same_size_is_told_by_its_headers(
     assert [header_differences(folder, tables, i) for i in range(len(names))] == [None] * len(names)
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert header_differences(copy, tables, 0) is None
+    assert Corpus.open(copy).fingerprint == Corpus.open(folder).fingerprint
 
     def told(number: int, members: list[tuple[str, bytes]]) -> str | None:
         size = (folder / names[number]).stat().st_size
@@ -378,6 +379,8 @@ def test_another_tar_of_the_same_size_is_told_by_its_headers(
     assert told(0, same_places) is None
     renamed = [(name.replace("k000", "k00X"), data) for name, data in same_places]
     assert "the tar 'k00X.json'" in (told(0, renamed) or "")
+    with pytest.raises(UserError, match=r"changed since it was indexed: .*; make the index anew with: vlmdist index"):
+        Corpus.open(copy)
     assert "the tar no member" in (told(0, same_places[:2]) or "")
 
 

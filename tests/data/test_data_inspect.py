@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
 from vlmdist.data.inspect import format_inspection, inspect_corpus
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import UserError
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
-from vlmdist.data.joining import join_parts
-from vlmdist.data.shards import ShardWriter
-from vlmdist.data.tar_writer import TarWriter
+from vlmdist.data.convert.joining import join_parts
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.tar_writer import TarWriter
+from vlmdist.data.shards.writer import ShardWriter
 
 MEMBERS = [("a.jpg", b"x" * 1000), ("a.json", b"{}"), ("b.json", b""), ("n" * 95 + ".json", b"y" * 512)]
 

@@ -24,12 +24,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from vlmdist.data import pixels as pixels_module
-from vlmdist.data import torch_resize
 from vlmdist.data.collate import MicroBatch, pad_left, pad_right
-from vlmdist.data.pixels import MIN_DECIBELS, Pixels, prove_pixels
+from vlmdist.data.images import pixels as pixels_module
+from vlmdist.data.images import torch_resize
+from vlmdist.data.images.pixels import MIN_DECIBELS, Pixels, prove_pixels
+from vlmdist.data.images.raw_pixels import RawPixels
 from vlmdist.data.prompt import Prompter
-from vlmdist.data.raw_pixels import RawPixels
 from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 needs_avx2 = pytest.mark.skipif(not torch_resize.is_fast_here(), reason="torch's uint8 resize is slow without AVX2")

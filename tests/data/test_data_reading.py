@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from http_server import FileServer
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index import Corpus
-from vlmdist.data.shard_cache import RemoteAccess
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.corpus import Corpus
 
 WriteCorpus = Callable[..., Path]
 

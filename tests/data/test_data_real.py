@@ -8,9 +8,9 @@ import pytest
 from corpus_sources import REAL_DATA
 from PIL import Image
 
-from vlmdist.data.decode import decode_image
-from vlmdist.data.index import Corpus
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.images.decode import decode_image
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.writer import ShardWriter
 
 IMAGES = sorted((REAL_DATA / "sroie").rglob("*.jpg"))[:24] if (REAL_DATA / "sroie").is_dir() else []
 

@@ -12,13 +12,13 @@ import torch
 from http_server import FileServer
 from torch.utils.data import DataLoader
 
-from vlmdist.data.build import build_index
-from vlmdist.data.cache_need import refuse_thrashing
-from vlmdist.data.fetch import Patience
-from vlmdist.data.index import Corpus
-from vlmdist.data.index_remote import index_remote
-from vlmdist.data.remote import redact
-from vlmdist.data.shard_cache import RemoteAccess
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.remote.fetch import Patience
+from vlmdist.data.remote.store import redact
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.build_remote import index_remote
+from vlmdist.data.shards.cache_need import refuse_thrashing
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, RunFailed, UserError
 
 WriteCorpus = Callable[..., Path]
@@ -55,7 +55,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("vlmdist.data.remote._file_systems", {})  # those of another test know another endpoint
+    monkeypatch.setattr("vlmdist.data.remote.store._file_systems", {})  # those of another test know another endpoint
     yield endpoint
     moto.stop()
 
@@ -114,7 +114,7 @@ def test_s3_mistakes_are_told(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr("vlmdist.data.remote._file_systems", {})
+    monkeypatch.setattr("vlmdist.data.remote.store._file_systems", {})
     with pytest.raises(UserError, match="no permission to read it; check the credentials"):
         Corpus.open("s3://corpora/wrong/train", access)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from http_server import FileServer
 
-from vlmdist.data.fetch import Patience
-from vlmdist.data.index import Corpus
-from vlmdist.data.shard_cache import RemoteAccess, default_cache_dir
+from vlmdist.data.remote.cache import RemoteAccess, default_cache_dir
+from vlmdist.data.remote.fetch import Patience
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import RunFailed, UserError
 
 _fork = multiprocessing.get_context("fork")

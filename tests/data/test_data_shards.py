@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from vlmdist.data.index import Corpus
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.errors import BadSample, RunFailed, UserError
 
 Make = Callable[..., bytes]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmdist.data.splits import assign_splits, move_leaks
+from vlmdist.data.convert.splits import assign_splits, move_leaks
 from vlmdist.errors import UserError
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}

@@ -7,9 +7,9 @@ from tiny_models import train_tiny_tokenizer
 from tiny_run import write_lines
 
 from vlmdist.data.costs import apply_rule, measure_rule
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import Mixture, TrainStream, validation_batches
 
 GLOBAL_BATCH = 7

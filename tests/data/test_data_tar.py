@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from vlmdist.data.build import build_index
-from vlmdist.data.index_rows import MAX_RECORD_BYTES
-from vlmdist.data.tar import BrokenTar, TarMember, walk_tar
-from vlmdist.data.tar_plain import PlainSamples
-from vlmdist.data.tar_samples import plain_samples, sample_places
+from vlmdist.data.shards.build import build_index
+from vlmdist.data.shards.index_rows import MAX_RECORD_BYTES
+from vlmdist.data.shards.tar import BrokenTar, TarMember, walk_tar
+from vlmdist.data.shards.tar_plain import PlainSamples
+from vlmdist.data.shards.tar_samples import plain_samples, sample_places
 
 Make = Callable[..., bytes]
 WriteTar = Callable[..., Path]

@@ -3,7 +3,7 @@ import random
 import pytest
 from tiny_models import make_tiny_llama
 
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.writer import ShardWriter
 
 WORDS = ["вино", "сок", "чай Lipton", "хлеб", "1.93Л", "батарейка", "молоко 3,2%", "бахилы п/эт."]
 NUM_SAMPLES = 23

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample
 from vlmdist.evaluate.generate import generate_batch
 

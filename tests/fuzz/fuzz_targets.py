@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmdist.data.build import build_index, index_shard
-from vlmdist.data.decode import decode_image, read_image_size
-from vlmdist.data.index_file import INDEX_NAME
-from vlmdist.data.index_rows import IndexRows
-from vlmdist.data.tar import BrokenTar, walk_tar
-from vlmdist.data.tar_samples import sample_places
+from vlmdist.data.images.decode import decode_image, read_image_size
+from vlmdist.data.shards.build import build_index, index_shard
+from vlmdist.data.shards.index_file import INDEX_NAME
+from vlmdist.data.shards.index_rows import IndexRows
+from vlmdist.data.shards.tar import BrokenTar, walk_tar
+from vlmdist.data.shards.tar_samples import sample_places
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import parse_json, parse_record
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmdist.data.decode import decode_image, read_image_size
+from vlmdist.data.images.decode import decode_image, read_image_size
 from vlmdist.errors import BadSample
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of much that is damaged

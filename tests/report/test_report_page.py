@@ -246,7 +246,7 @@ def test_cut_and_broken_files_still_give_a_page(tmp_path):
 def test_images_and_questions_come_from_the_test_shards(tmp_path):
     from PIL import Image
 
-    from vlmdist.data.shards import ShardWriter
+    from vlmdist.data.shards.writer import ShardWriter
 
     buffer = io.BytesIO()
     Image.effect_noise((800, 600), 80).convert("RGB").save(buffer, "PNG")

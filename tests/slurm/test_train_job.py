@@ -25,7 +25,7 @@ ENVIRONMENT = {"VLMDIST_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def receipts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tiny model (``model``) and shards (``train``, ``validation``, ``test``)."""
-    from vlmdist.data.shards import ShardWriter
+    from vlmdist.data.shards.writer import ShardWriter
 
     folder = tmp_path_factory.mktemp("receipts")
     draw = random.Random(0)

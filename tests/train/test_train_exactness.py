@@ -17,8 +17,8 @@ from ranks import rank_environment, run_vlmdist, vlmdist_command
 from tiny_run import tiny_run, write_run
 
 from vlmdist.audit import audit_run
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import epoch_order
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.run_folder import RunFolder, read_jsonl
 
 

@@ -13,7 +13,7 @@ from tiny_models import make_tiny_llava
 from tiny_run import tiny_run, write_lines, write_run
 
 from vlmdist.audit import audit_run
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.run_folder import read_jsonl
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from vlmdist.data.images.raw_pixels import Feature, concatenate
 from vlmdist.data.prompt import Encoded
-from vlmdist.data.raw_pixels import Feature, concatenate
 
 NOT_IN_LOSS = -100  # transformers' convention
 

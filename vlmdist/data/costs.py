@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample
 
 NUM_MEASURED = 64

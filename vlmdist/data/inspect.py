@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.decode import decode_image
-from vlmdist.data.index import Corpus
+from vlmdist.data.images.decode import decode_image
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import ImagePart, Message, Sample
 
@@ -23,7 +23,7 @@ def inspect_corpus(corpus: Corpus, key: str | None = None) -> dict[str, Any]:
     """
     members = corpus.member_columns()
     is_image = members["width"] > 0
-    verified = corpus._tables.verified
+    verified = corpus.verified
     quarantined = np.flatnonzero(corpus.quarantined).tolist()
     reasons = Counter(str(corpus.quarantine_reason(i)) for i in quarantined)
     found: dict[str, Any] = {

@@ -18,13 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlmdist.config import RunConfig
-from vlmdist.data.decode import decode_image
+from vlmdist.data.images.decode import decode_image
 from vlmdist.data.templates import find_template
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 if TYPE_CHECKING:
-    from vlmdist.data.raw_pixels import Feature
+    from vlmdist.data.images.raw_pixels import Feature
 
 Span = tuple[int, int]  # characters, end exclusive
 
@@ -83,7 +83,7 @@ class Prompter:
         self._special_pattern = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True) if s))
         self.end_of_turn = self._find_end_of_turn()
         if self.has_images:
-            from vlmdist.data.pixels import prove_pixels
+            from vlmdist.data.images.pixels import prove_pixels
 
             self.pixels = prove_pixels(processor.image_processor, self._process_alone)
 

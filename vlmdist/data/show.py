@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Encoded, Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, UserError
 
 _NUM_LENGTHS = 200  # samples tokenized for the distribution of lengths

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmdist.data.collate import MicroBatch, pad_right
 from vlmdist.data.costs import SampleCosts
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, step_slice, steps_left
 from vlmdist.data.plan import StepPlan, plan_step
 from vlmdist.data.prompt import Encoded, Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, RunFailed, UserError
 
 Rows = tuple[tuple[int, int], ...]  # (corpus, sample) of the rows of one micro-batch of this rank

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmdist.config import RunConfig
-from vlmdist.data.index import Corpus
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample
 from vlmdist.evaluate.metrics import UnreadableTruth
 from vlmdist.evaluate.scores import Row, metric_by_name

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdist.config import RunConfig
-from vlmdist.data.index import Corpus
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import UserError
 from vlmdist.run_folder import MANIFEST, RunFolder, verify_manifest
 

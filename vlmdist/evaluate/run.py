@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmdist.config import RunConfig
-from vlmdist.data.index import Corpus
-from vlmdist.data.shard_cache import RemoteAccess
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.evaluate.answer import Answerer, check_truths
 from vlmdist.evaluate.identity import choose_checkpoint, choose_corpus, choose_name, identity_of

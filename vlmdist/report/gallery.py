@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmdist.data.index import Corpus
-from vlmdist.data.shard_cache import RemoteAccess
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, UserError
 from vlmdist.evaluate.metrics import METRICS, FieldScore, UnreadableTruth
 from vlmdist.report.facts import Evaluation, Row, RunFacts, number, parse_row, read_lines
@@ -235,7 +235,7 @@ def _data_uris(images: tuple[bytes, ...]) -> Iterator[str]:
     """Small JPEGs, encoded anew: no byte of the original file reaches the page."""
     from PIL import Image
 
-    from vlmdist.data.decode import decode_image
+    from vlmdist.data.images.decode import decode_image
 
     for data in images:
         try:

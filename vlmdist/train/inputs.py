@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlmdist.config import RunConfig, load_run
-from vlmdist.data.cache_need import refuse_thrashing
-from vlmdist.data.index import Corpus
-from vlmdist.data.shard_cache import RemoteAccess
+from vlmdist.data.remote.cache import RemoteAccess
+from vlmdist.data.shards.cache_need import refuse_thrashing
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import Mixture
 from vlmdist.data.templates import find_template
 from vlmdist.distributed import World, gather_objects

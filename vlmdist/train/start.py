@@ -14,8 +14,8 @@ import torch
 
 from vlmdist.config import RunConfig, dump_run
 from vlmdist.data.costs import NUM_MEASURED, SampleCosts, apply_rule, measure_rule
-from vlmdist.data.index import Corpus
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import TrainStream
 from vlmdist.distributed import World, barrier, gather_objects
 from vlmdist.model.adapters import num_elements, part_sizes, trains_vision

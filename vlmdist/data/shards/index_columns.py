@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmdist.data.index_file import COLUMNS, MEMBER_COLUMNS, SAMPLE_COLUMNS, IndexTables, fingerprint_of
-from vlmdist.data.tar_samples import MemberBytes
+from vlmdist.data.shards.index_file import COLUMNS, MEMBER_COLUMNS, SAMPLE_COLUMNS, IndexTables, fingerprint_of
+from vlmdist.data.shards.tar_samples import MemberBytes
 
 _ARRAY_CODES = {"<i4": "i", "<i8": "q", "<u4": "I"}
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.tar import BLOCK_BYTES, ReadAt, skip_zeros
+from vlmdist.data.shards.tar import BLOCK_BYTES, ReadAt, skip_zeros
 
 _WINDOW_BYTES = 2048  # as in walk_tar
 _HEADERS_AT_ONCE = 4096

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.teacher_endpoint import Message, Reply, Tokens
+from vlmdist.data.teacher.endpoint import Message, Reply, Tokens
 from vlmdist.errors import BadSample, UserError
 from vlmdist.run_folder import mend_jsonl, read_jsonl
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from vlmdist.data.remote import PIPE, Found, RemoteError, is_other, list_folder, look_up, parent_url, read_from
+from vlmdist.data.remote.store import PIPE, Found, RemoteError, is_other, list_folder, look_up, parent_url, read_from
 
 _CONCURRENT_REQUESTS = 32
 _ATTEMPTS_TO_ASK = 3

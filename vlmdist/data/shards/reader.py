@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from vlmdist.data.locked_file import LockedFile
-from vlmdist.data.shard_cache import RemoteShard, ShardCache
+from vlmdist.data.remote.cache import RemoteShard, ShardCache
+from vlmdist.data.remote.locked_file import LockedFile
 
 Span = tuple[int, int]
 """First byte and number of bytes."""

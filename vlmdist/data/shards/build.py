@@ -9,12 +9,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from vlmdist.data.index import Corpus, mend_command
-from vlmdist.data.index_file import write_index
-from vlmdist.data.index_rows import IndexRows, is_read
-from vlmdist.data.tar import BrokenTar
-from vlmdist.data.tar_samples import list_shards, plain_samples, sample_places, samples_in, shard_facts
-from vlmdist.data.workers import usable_cores
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.index_file import write_index
+from vlmdist.data.shards.index_rows import IndexRows, is_read
+from vlmdist.data.shards.places import mend_command
+from vlmdist.data.shards.tar import BrokenTar
+from vlmdist.data.shards.tar_samples import list_shards, plain_samples, sample_places, samples_in, shard_facts
+from vlmdist.distributed import usable_cores
 from vlmdist.errors import RunFailed, UserError
 
 _MUCH_BYTES = {False: 1 << 30, True: 10 << 30}

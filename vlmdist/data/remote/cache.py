@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmdist.config import DataConfig
-from vlmdist.data.fetch import Patience, fetch
-from vlmdist.data.locked_file import LockedFile, throw_out
-from vlmdist.data.remote import PIPE, RemoteError, redact, without_user
+from vlmdist.data.remote.fetch import Patience, fetch
+from vlmdist.data.remote.locked_file import LockedFile, throw_out
+from vlmdist.data.remote.store import PIPE, RemoteError, redact, without_user
 from vlmdist.errors import RunFailed, UserError
 
 _DEFAULT_BYTES = 100_000_000_000

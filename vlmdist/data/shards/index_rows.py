@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.decode import read_image_size
-from vlmdist.data.index_file import COLUMNS, IndexTables, fingerprint_of
-from vlmdist.data.tar_plain import PlainSamples
-from vlmdist.data.tar_samples import MemberBytes, MemberPlace
+from vlmdist.data.images.decode import read_image_size
+from vlmdist.data.shards.index_file import COLUMNS, IndexTables, fingerprint_of
+from vlmdist.data.shards.tar_plain import PlainSamples
+from vlmdist.data.shards.tar_samples import MemberBytes, MemberPlace
 from vlmdist.errors import BadSample
 from vlmdist.sample import IMAGE_EXTENSIONS, Message, parse_json, parse_record
 

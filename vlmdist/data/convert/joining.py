@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index_file import (
+from vlmdist.data.shards.index_file import (
     INDEX_NAME,
     MEMBER_COLUMNS,
     SAMPLE_COLUMNS,
@@ -19,8 +19,8 @@ from vlmdist.data.index_file import (
     sync_folder,
     write_index,
 )
-from vlmdist.data.tar_samples import shard_facts
-from vlmdist.data.tar_writer import end_of_tar, padded
+from vlmdist.data.shards.tar_samples import shard_facts
+from vlmdist.data.shards.tar_writer import end_of_tar, padded
 
 _COPY_BYTES = 4 << 20
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vlmdist.data.fetch import ask_all
-from vlmdist.data.index import Corpus
-from vlmdist.data.index_file import write_index
-from vlmdist.data.index_rows import IndexRows, is_read
-from vlmdist.data.remote import PIPE, Found, RemoteError, find_matching, is_url, redact
-from vlmdist.data.shard_cache import RemoteAccess, RemoteShard, ShardCache
-from vlmdist.data.tar import BrokenTar
-from vlmdist.data.tar_samples import samples_in, shard_facts
+from vlmdist.data.remote.cache import RemoteAccess, RemoteShard, ShardCache
+from vlmdist.data.remote.fetch import ask_all
+from vlmdist.data.remote.store import PIPE, Found, RemoteError, find_matching, is_url, redact
+from vlmdist.data.shards.corpus import Corpus
+from vlmdist.data.shards.index_file import write_index
+from vlmdist.data.shards.index_rows import IndexRows, is_read
+from vlmdist.data.shards.tar import BrokenTar
+from vlmdist.data.shards.tar_samples import samples_in, shard_facts
 from vlmdist.errors import UserError
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.index_file import sync_folder
+from vlmdist.data.shards.index_file import sync_folder
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.run_folder import replace_file_text
 

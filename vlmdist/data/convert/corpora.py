@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vlmdist.data.account import CORPUS_FILE, Account
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.convert.account import CORPUS_FILE, Account
+from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.errors import BadSample, RunFailed, StopRequested, UserError
 
 

@@ -11,15 +11,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from vlmdist.data.parts import Chunk, MakePart, Report, make_parts_in_turn
+from vlmdist.data.convert.parts import Chunk, MakePart, Report, make_parts_in_turn
 from vlmdist.errors import RunFailed, UserError
 
 _CHUNKS_AHEAD = 2  # given to a process: while one part goes to the disk, the next is made
 _SECONDS_BETWEEN_REPORTS = 0.25
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_parts(

@@ -7,7 +7,7 @@ Layout: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from vlmdist.data.tar import BLOCK_BYTES
+from vlmdist.data.shards.tar import BLOCK_BYTES
 
 _MAX_NAME_BYTES = 100
 _MAX_MEMBER_BYTES = 8**11 - 1  # 8 GiB

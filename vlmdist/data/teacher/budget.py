@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.teacher_endpoint import Tokens
+from vlmdist.data.teacher.endpoint import Tokens
 from vlmdist.errors import UserError
 from vlmdist.run_folder import append_jsonl, mend_jsonl, read_jsonl
 

@@ -11,7 +11,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlmdist.data.image_header import plain_jpeg_size, plain_png_size
+from vlmdist.data.images.header import plain_jpeg_size, plain_png_size
 from vlmdist.errors import BadSample
 
 MAX_PIXELS = 100_000_000

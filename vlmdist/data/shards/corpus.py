@@ -1,7 +1,7 @@
 """A corpus: WebDataset tars with an index, so that any sample is one read away.
 
-``Corpus`` opens the index by memory map and reads samples; ``build_index`` (data/build.py) makes it for a folder of
-tars, ``index_remote`` (data/index_remote.py) for tars that lie elsewhere. What may be opened: data/places.py.
+``Corpus`` opens the index by memory map and reads samples. ``build_index`` (build.py) makes it for a folder of tars,
+``index_remote`` (build_remote.py) for tars that lie elsewhere. What may be opened: places.py.
 Samples are numbered from 0 in the order of the shards' names and, inside a shard, of their first members.
 """
 
@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index_rows import image_number, image_order
-from vlmdist.data.places import Place, find_corpus
-from vlmdist.data.places import mend_command as mend_command
-from vlmdist.data.shard_cache import RemoteAccess, ShardCache
-from vlmdist.data.shard_reader import CachedShards, Span
+from vlmdist.data.remote.cache import RemoteAccess, ShardCache
+from vlmdist.data.shards.index_rows import image_number, image_order
+from vlmdist.data.shards.places import Place, find_corpus
+from vlmdist.data.shards.reader import CachedShards, Span
 from vlmdist.errors import BadSample, UserError
 from vlmdist.sample import Sample, parse_json, parse_record
 

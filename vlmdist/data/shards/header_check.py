@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmdist.data.index_file import IndexTables
-from vlmdist.data.tar import BLOCK_BYTES, BrokenTar, walk_tar
-from vlmdist.data.tar_samples import split_name
+from vlmdist.data.shards.index_file import IndexTables
+from vlmdist.data.shards.tar import BLOCK_BYTES, BrokenTar, walk_tar
+from vlmdist.data.shards.tar_samples import split_name
 
 _NUM_CHECKED = 16
 _MAX_SHORT_NAME = 99  # longer names, and others than ASCII, may be written in several ways

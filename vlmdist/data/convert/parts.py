@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.corpora import Row, read_bytes
-from vlmdist.data.index_file import sync_folder
-from vlmdist.data.shards import ShardWriter
+from vlmdist.data.convert.corpora import Row, read_bytes
+from vlmdist.data.shards.index_file import sync_folder
+from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.errors import BadSample, RunFailed
 
 PART_FILE = "part.json"

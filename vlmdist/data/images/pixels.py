@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmdist.data.raw_pixels import Normalisation, RawPixels
+from vlmdist.data.images.raw_pixels import Normalisation, RawPixels
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 Inputs = Mapping[str, Any]
@@ -169,7 +169,7 @@ def _equal(found: Any, expected: Any) -> bool:
 def _with_torch_resize(own: Pixels) -> Pixels | None:
     from transformers.image_processing_backends import PilBackend
 
-    from vlmdist.data.torch_resize import is_fast_here, with_torch_resize
+    from vlmdist.data.images.torch_resize import is_fast_here, with_torch_resize
 
     if not isinstance(own.raw_processor, PilBackend) or not is_fast_here():
         return None  # torchvision's backend resizes by the same kernel already

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.index import Corpus
 from vlmdist.data.order import WINDOW_BLOCKS
+from vlmdist.data.shards.corpus import Corpus
 
 _MAX_FETCHES = 2.0
 """Of a shard in an epoch, in the mean: blocks as long as shards, but not in line with them, take each shard twice."""

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdist.data.fetch import ask, ask_all, fetch
-from vlmdist.data.index_file import INDEX_NAME, IndexTables, read_index
-from vlmdist.data.remote import PIPE, Found, RemoteError, is_other, is_url, join_url, redact, without_user
-from vlmdist.data.shard_cache import RemoteAccess, RemoteShard, ShardCache
-from vlmdist.data.shard_reader import CachedShards, LocalShards, ShardReader
-from vlmdist.data.tar_samples import list_shards
+from vlmdist.data.remote.cache import RemoteAccess, RemoteShard, ShardCache
+from vlmdist.data.remote.fetch import ask, ask_all, fetch
+from vlmdist.data.remote.store import PIPE, Found, RemoteError, is_other, is_url, join_url, redact, without_user
+from vlmdist.data.shards.header_check import header_differences
+from vlmdist.data.shards.index_file import INDEX_NAME, IndexTables, read_index
+from vlmdist.data.shards.reader import CachedShards, LocalShards, ShardReader
+from vlmdist.data.shards.tar_samples import list_shards
 from vlmdist.errors import UserError
 
 _MAX_PROBLEMS = 20
@@ -84,6 +85,7 @@ def _differences(folder: Path, shards: list[Path], tables: IndexTables) -> list[
     """What in the folder is not as the index says, a sentence each."""
     mend = f"make the index anew with: {mend_command(folder)}"
     indexed = {s["name"]: s["bytes"] for s in tables.shards}
+    numbers = {s["name"]: number for number, s in enumerate(tables.shards)}
     present = {p.name: p for p in shards}
     problems = [
         f"{folder / name}: this shard is missing; bring it back, or {mend}" for name in indexed if name not in present
@@ -95,6 +97,10 @@ def _differences(folder: Path, shards: list[Path], tables: IndexTables) -> list[
             problems.append(f"{folder / name}: changed or cut off ({size} bytes, indexed {indexed[name]}); {mend}")
         elif not os.access(present[name], os.R_OK):
             problems.append(f"{folder / name}: no permission to read this shard")
+        elif present[name].stat().st_mtime_ns != tables.shards[numbers[name]]["mtime_ns"]:
+            other = header_differences(folder, tables, numbers[name])  # a copy shows none
+            if other is not None:
+                problems.append(f"{folder / name}: changed since it was indexed: {other}; {mend}")
     return sorted(problems)
 
 

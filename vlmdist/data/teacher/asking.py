@@ -13,9 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vlmdist.data.teacher_answers import AnswerLog, Question
-from vlmdist.data.teacher_budget import Budget, BudgetSpent, Pace
-from vlmdist.data.teacher_endpoint import AskFailed, Teacher, Tokens
+from vlmdist.data.teacher.answers import AnswerLog, Question
+from vlmdist.data.teacher.budget import Budget, BudgetSpent, Pace
+from vlmdist.data.teacher.endpoint import AskFailed, Teacher, Tokens
 from vlmdist.errors import BadSample, RunFailed, StopRequested
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

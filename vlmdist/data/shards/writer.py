@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from vlmdist.data.decode import read_image_size
-from vlmdist.data.index_columns import IndexColumns
-from vlmdist.data.index_file import INDEX_NAME, sync_folder, write_index
-from vlmdist.data.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, text_bytes_of
-from vlmdist.data.tar import BLOCK_BYTES
-from vlmdist.data.tar_samples import MemberBytes, list_shards, shard_facts
-from vlmdist.data.tar_writer import TarWriter, padded
+from vlmdist.data.images.decode import read_image_size
+from vlmdist.data.shards.index_columns import IndexColumns
+from vlmdist.data.shards.index_file import INDEX_NAME, sync_folder, write_index
+from vlmdist.data.shards.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, text_bytes_of
+from vlmdist.data.shards.tar import BLOCK_BYTES
+from vlmdist.data.shards.tar_samples import MemberBytes, list_shards, shard_facts
+from vlmdist.data.shards.tar_writer import TarWriter, padded
 from vlmdist.errors import BadSample, RunFailed, UserError
 from vlmdist.sample import parse_record
 

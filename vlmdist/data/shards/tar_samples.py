@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vlmdist.data.tar import BrokenTar, ReadAt, TarMember, walk_tar
-from vlmdist.data.tar_plain import PlainSamples, list_plain_samples
+from vlmdist.data.shards.tar import BrokenTar, ReadAt, TarMember, walk_tar
+from vlmdist.data.shards.tar_plain import PlainSamples, list_plain_samples
 from vlmdist.errors import UserError
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

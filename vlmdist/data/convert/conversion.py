@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdist.data.account import Account
-from vlmdist.data.corpora import check_out
-from vlmdist.data.joining import join_parts
-from vlmdist.data.parts import Chunk, MakePart, read_part
-from vlmdist.data.projection import Projection
-from vlmdist.data.staging import Staging
-from vlmdist.data.workers import make_parts
+from vlmdist.data.convert.account import Account
+from vlmdist.data.convert.corpora import check_out
+from vlmdist.data.convert.joining import join_parts
+from vlmdist.data.convert.parts import Chunk, MakePart, read_part
+from vlmdist.data.convert.projection import Projection
+from vlmdist.data.convert.staging import Staging
+from vlmdist.data.convert.workers import make_parts
 from vlmdist.errors import RunFailed, StopRequested, UserError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

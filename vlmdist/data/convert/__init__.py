@@ -1,0 +1,1 @@
+"""Sources to corpora: what the scripts in shards/ share."""

@@ -1,0 +1,1 @@
+"""Encoded images to the model's pixels."""

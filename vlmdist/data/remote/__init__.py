@@ -1,0 +1,1 @@
+"""Files that lie elsewhere, and the node's cache of them."""

@@ -1,0 +1,1 @@
+"""WebDataset tars and their index, of whoever wrote them."""

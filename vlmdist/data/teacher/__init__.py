@@ -1,0 +1,1 @@
+"""Questions to a teacher model and the log of its answers."""
