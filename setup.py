@@ -27,6 +27,7 @@ setup(
         "rapidfuzz>=3.9",
         "tensorboard>=2.18",
         # beyond the ten
+        "isal>=1.6",  # crc32 of every member read, ten times as fast as zlib's
         "jinja2>=3.1",  # report page and chat templates
         "matplotlib>=3.8",  # curves of the report, as inline SVG
         "numpy>=1.26",

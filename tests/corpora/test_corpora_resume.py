@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_is_told_and_gone_on_from(source: Path, tmp_path: Pa
 
 def test_a_projection_comes_early(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("vlmdist.data.projection.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vlmdist.data.convert.projection.time.monotonic", lambda: now[0])
     said = io.StringIO()
     projection = Projection(260_000, 60_000, said)
     for _ in range(40):

@@ -6,11 +6,11 @@ Samples are numbered from 0 in the order of the shards' names and, inside a shar
 """
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from vlmdist.data.remote.cache import RemoteAccess, ShardCache
@@ -213,7 +213,7 @@ class Corpus:
     def _is_as_indexed(self, data: Sequence[bytes], lengths: list[int], checksums: list[int]) -> bool:
         if [len(d) for d in data] != lengths:
             return False
-        return not self._tables.verified or [zlib.crc32(d) for d in data] == checksums
+        return not self._tables.verified or [crc32(d) for d in data] == checksums
 
     def _read_spans(self, shard: int, spans: list[Span]) -> list[bytes]:
         start = min(first for first, _ in spans)

@@ -1,11 +1,11 @@
 """The columns of an index in the making: what is known about each sample is put down, nothing is judged here."""
 
-import zlib
 from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from vlmdist.data.shards.index_file import COLUMNS, MEMBER_COLUMNS, SAMPLE_COLUMNS, IndexTables, fingerprint_of
 from vlmdist.data.shards.tar_samples import MemberBytes
@@ -47,7 +47,7 @@ class IndexColumns:
             columns["extension"].append(self._extensions.setdefault(member.extension, len(self._extensions)))
             columns["offset"].append(member.offset)
             columns["length"].append(len(member.data))
-            columns["crc32"].append(zlib.crc32(member.data))
+            columns["crc32"].append(crc32(member.data))
             columns["width"].append(width)
             columns["height"].append(height)
         images = [size for size in sizes if size is not None]

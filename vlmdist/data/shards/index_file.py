@@ -15,12 +15,12 @@ last three are 0 for members that no sample is made of, and in an index that is 
 import hashlib
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from vlmdist.errors import UserError
@@ -127,7 +127,7 @@ def read_index(file: Path) -> IndexTables:
         _check_lengths(tables)
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError("its header is damaged") from None
-    if len(raw) - start <= _VERIFIED_BYTES and zlib.crc32(raw[start:].data) != header.get("crc32"):
+    if len(raw) - start <= _VERIFIED_BYTES and crc32(raw[start:].data) != header.get("crc32"):
         raise ValueError("it is damaged (its checksum differs)")
     return tables
 
@@ -137,7 +137,7 @@ def _write_parts(f: Any, tables: IndexTables) -> None:
     place, position, crc = {}, 0, 0
     for name, array in arrays.items():
         place[name] = {"offset": position, "count": len(array)}
-        crc = zlib.crc32(_padded(array.tobytes()), crc)
+        crc = crc32(_padded(array.tobytes()), crc)
         position += _aligned(array.nbytes)
     header = {
         "version": VERSION,

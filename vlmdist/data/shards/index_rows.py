@@ -4,7 +4,6 @@ Used by ``build_index`` for tars that lie there and by ``ShardWriter`` for those
 """
 
 import re
-import zlib
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from vlmdist.data.images.decode import read_image_size
@@ -124,9 +124,9 @@ class IndexRows:
         num_images = image_pixels = 0
         for m, size in zip(members, sizes, strict=True):
             extension = self._extensions.setdefault(m.extension, len(self._extensions))
-            crc32 = zlib.crc32(m.data) if isinstance(m, MemberBytes) else 0
+            checksum = crc32(m.data) if isinstance(m, MemberBytes) else 0
             width, height = size or (0, 0)
-            self._members.extend((len(self._shard_names) - 1, extension, m.offset, m.length, crc32, width, height))
+            self._members.extend((len(self._shard_names) - 1, extension, m.offset, m.length, checksum, width, height))
             num_images += size is not None
             image_pixels += width * height
         self._keys += key.encode("utf-8", "backslashreplace")
