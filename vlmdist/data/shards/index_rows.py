@@ -70,6 +70,7 @@ class IndexRows:
 
     def __init__(self) -> None:
         self._keys = bytearray()
+        self._different_keys: set[bytes] = set()
         self._samples = array("q")  # [N * 6], as _SAMPLE says
         self._members = array("q")  # [M * 7], as _MEMBER says
         self._extensions: dict[str, int] = {}
@@ -129,10 +130,16 @@ class IndexRows:
             self._members.extend((len(self._shard_names) - 1, extension, m.offset, m.length, checksum, width, height))
             num_images += size is not None
             image_pixels += width * height
-        self._keys += key.encode("utf-8", "backslashreplace")
+        encoded = key.encode("utf-8", "backslashreplace")
+        self._keys += encoded
+        self._different_keys.add(encoded)
         num_members = len(self._members) // len(_MEMBER)
         number = self._reason_number(reason)
         self._samples.extend((len(self._keys), num_members, number, text_bytes, num_images, image_pixels))
+
+    def has(self, key: str) -> bool:
+        """Whether a sample of that key was appended."""
+        return key.encode("utf-8", "backslashreplace") in self._different_keys
 
     def append_plain(self, samples: PlainSamples) -> bool:
         """Append samples of the shard begun last by their headers, as ``add`` would by the places of their members.
@@ -162,6 +169,7 @@ class IndexRows:
             np.stack([shard, extension, samples.offset, samples.length, *[nothing] * 3], axis=1).tobytes()
         )
         self._keys += b"".join(samples.keys)
+        self._different_keys.update(samples.keys)
         self._verified = self._verified and not is_used.any()
         return True
 
@@ -176,6 +184,7 @@ class IndexRows:
         members["shard"] += len(self._shard_names)
         members["extension"] = np.array(extensions, np.int64)[members["extension"]]
         self._keys += rows._keys
+        self._different_keys |= rows._different_keys
         self._samples.frombytes(samples.tobytes())
         self._members.frombytes(members.tobytes())
         self._shard_names += rows._shard_names
@@ -207,11 +216,11 @@ class IndexRows:
 
     def _judge_keys(self) -> None:
         """Quarantine samples whose key occurs before."""
+        if len(self._different_keys) == len(self._samples) // len(_SAMPLE):
+            return
         samples, members = self._table(_SAMPLE), self._table(_MEMBER)
         stops = [0, *samples["key_stop"].tolist()]
         keys = [bytes(self._keys[start:stop]) for start, stop in pairwise(stops)]
-        if len(set(keys)) == len(keys):
-            return
         shards = members["shard"][np.append(0, samples["member_stop"])[:-1]].tolist()  # [N]
         first_shard: dict[bytes, int] = {}
         for number, (key, shard) in enumerate(zip(keys, shards, strict=True)):

@@ -12,9 +12,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from vlmdist.data.images.decode import read_image_size
-from vlmdist.data.shards.index_columns import IndexColumns
 from vlmdist.data.shards.index_file import INDEX_NAME, sync_folder, write_index
-from vlmdist.data.shards.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, text_bytes_of
+from vlmdist.data.shards.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, IndexRows, text_bytes_of
 from vlmdist.data.shards.tar import BLOCK_BYTES
 from vlmdist.data.shards.tar_samples import MemberBytes, list_shards, shard_facts
 from vlmdist.data.shards.tar_writer import TarWriter, padded
@@ -79,8 +78,7 @@ class ShardWriter:
         """Bytes of the members written so far, without tar headers."""
         self._name = name
         self._limits = (max_samples_per_shard, max_bytes_per_shard)
-        self._columns = IndexColumns()
-        self._keys: set[str] = set()
+        self._rows = IndexRows()
         self._staged: list[Path] = []
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
@@ -108,7 +106,7 @@ class ShardWriter:
     ) -> None:
         """Append one sample; BadSample, and nothing written, where ``Corpus.read`` would refuse it."""
         checked = _check(key, messages, images, answer, meta)
-        if key in self._keys:
+        if self._rows.has(key):
             raise BadSample(f"key {key!r} was written before")
         names = [f"{key}.{extension}" for extension in checked.extensions]
         num_bytes = sum(BLOCK_BYTES + padded(len(data)) for data in checked.contents)
@@ -118,8 +116,7 @@ class ShardWriter:
             self.abort()
             raise RunFailed(f"{self.folder}: a shard can't be written: {e.strerror or e}") from None
         members = list(map(MemberBytes, checked.extensions, starts, checked.contents))
-        self._columns.append(key, members, checked.sizes, checked.text_bytes)
-        self._keys.add(key)
+        self._rows.append(key, members, checked.sizes, checked.text_bytes)
         self._num_in_shard += 1
         self.num_samples += 1
         self.num_bytes += sum(map(len, checked.contents))
@@ -142,7 +139,7 @@ class ShardWriter:
             self.abort()
             raise RunFailed(f"{self.folder}: the shards can't be finished: {e.strerror or e}") from None
         self._background.shutdown()
-        write_index(self.folder, self._columns.tables([shard_facts(p) for p in shards]))
+        write_index(self.folder, self._rows.tables([shard_facts(p) for p in shards]))
 
     def abort(self) -> None:
         """Take away everything written so far."""
@@ -166,7 +163,7 @@ class ShardWriter:
         self._file = open(shard, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 - closed by _end_shard or abort
         self._staged.append(shard)
         self._num_in_shard = 0
-        self._columns.begin_shard()
+        self._rows.begin_shard(shard.stem)
         self._tar = TarWriter(self._file)
         return self._tar
 
