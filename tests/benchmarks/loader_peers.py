@@ -18,7 +18,7 @@ from loader_sides import (
     HuggingFaceStreaming,
     Loader,
     Vlmdist,
-    VlmdistUnchecked,
+    VlmdistParsed,
     Webdataset,
     collate_rows,
     read_tars,
@@ -163,7 +163,7 @@ class Energon(Loader):
 
 LOADERS: tuple[Loader, ...] = (
     Vlmdist(),
-    VlmdistUnchecked(),
+    VlmdistParsed(),
     Webdataset(),
     HuggingFaceStreaming(),
     HuggingFaceArrow(),

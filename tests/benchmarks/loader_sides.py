@@ -96,8 +96,8 @@ def read_tars(tars: Path) -> Iterator[tuple[int, bytes, bytes]]:
 # --- vlmdist ----------------------------------------------------------------------------------------------------------
 
 
-class CheckedSamples:
-    """``Corpus.read``, as training reads: checksums and the form of the conversation are checked."""
+class OurSamples:
+    """Raw by ``Corpus.read_bytes``, which checks the checksums; decoded by ``Corpus.read``, as training reads."""
 
     def __init__(self, tars: Path, decoded: bool):
         from vlmdist.data.shards.corpus import Corpus
@@ -109,47 +109,41 @@ class CheckedSamples:
         return len(self.corpus)
 
     def __getitem__(self, i: int) -> Sample:
-        sample = self.corpus.read(i)
-        image: Any = sample.images[0]
         if self.decoded:
-            image = _decode(image)
-        return int(sample.key), image, sample.messages
-
-
-class UncheckedSamples(CheckedSamples):
-    """The same pread, and no more than the other loaders do with it."""
-
-    def __getitem__(self, i: int) -> Sample:
-        jpeg, record = self.read_bytes(i)
-        if self.decoded:
-            return int(self.corpus.key(i)), _decode(jpeg), json.loads(record)
+            sample = self.corpus.read(i)
+            return int(sample.key), _decode(sample.images[0]), sample.messages
+        record, (jpeg,) = self.corpus.read_bytes(i)
         return int(self.corpus.key(i)), jpeg, record
 
-    def read_bytes(self, i: int) -> list[bytes]:
-        """Members of the sample by extension: jpg, json."""
-        # behind Corpus.read, which has no way around the checks
-        first, extensions = self.corpus._members(i)
-        rows = slice(first, first + len(extensions))
-        spans = [self.corpus._columns[name][rows].tolist() for name in ("offset", "length")]
-        return self.corpus._read_spans(int(self.corpus._columns["shard"][first]), list(zip(*spans, strict=True)))
+
+class OurParsedSamples(OurSamples):
+    """Raw by ``Corpus.read`` too: the conversation parsed and checked, which no other loader does."""
+
+    def __getitem__(self, i: int) -> Sample:
+        if self.decoded:
+            return super().__getitem__(i)
+        sample = self.corpus.read(i)
+        return int(sample.key), sample.images[0], sample.messages
 
 
 def _decode(jpeg: bytes) -> Any:
     from vlmdist.data.images.decode import decode_image
     from vlmdist.data.images.torch_resize import resize
 
-    return resize(decode_image(jpeg).transpose(2, 0, 1), SIDE, SIDE, "bicubic")
+    return resize(decode_image(jpeg).transpose(2, 0, 1), SIDE, SIDE, "bicubic").transpose(1, 2, 0)  # as it lies
 
 
 class Vlmdist(Loader):
     name = "vlmdist"
     is_peer = False
-    samples: type[CheckedSamples] = CheckedSamples
+    samples: type[OurSamples] = OurSamples
 
     def load(self) -> None:
         import torch
+        import torch.utils.data
 
-        import vlmdist.data.order  # noqa: F401
+        import vlmdist.data.order
+        import vlmdist.data.shards.corpus  # noqa: F401
 
         torch.set_num_threads(1)
 
@@ -164,9 +158,9 @@ class Vlmdist(Loader):
         return torch_loader(dataset, workers, sampler=epoch_order(len(dataset), SEED, 0)[state or 0 :].tolist())
 
 
-class VlmdistUnchecked(Vlmdist):
-    name = "vlmdist, unchecked"
-    samples = UncheckedSamples
+class VlmdistParsed(Vlmdist):
+    name = "vlmdist, conversation checked"
+    samples = OurParsedSamples
 
 
 # --- webdataset and datasets ------------------------------------------------------------------------------------------

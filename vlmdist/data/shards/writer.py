@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from vlmdist.allocator import keep_freed_memory
 from vlmdist.data.images.decode import read_image_size
 from vlmdist.data.shards.index_file import INDEX_NAME, sync_folder, write_index
 from vlmdist.data.shards.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, IndexRows, text_bytes_of
@@ -70,6 +71,7 @@ class ShardWriter:
         name: str = "shard",
         overwrite: bool = False,
     ):
+        keep_freed_memory()
         if max_samples_per_shard < 1 or max_bytes_per_shard < 1 or not _KEY.fullmatch(name):
             raise UserError("shards need at least 1 sample and 1 byte each, and a name of letters, digits, _ and -")
         self.folder = Path(folder)
