@@ -224,6 +224,15 @@ def test_what_most_writers_make_is_plain(
             assert _plain(path) is not None
 
 
+def test_tars_of_one_member_and_of_none(tmp_path: Path, write_tar: WriteTar) -> None:
+    plain = _plain(write_tar(tmp_path / "1.tar", [("a.json", b"x")]))
+    assert plain is not None
+    assert plain.keys == [b"a"]
+    assert _plain(write_tar(tmp_path / "0.tar", [])) is None
+    (tmp_path / "empty.tar").write_bytes(b"")
+    assert _plain(tmp_path / "empty.tar") is None
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -95,7 +95,7 @@ def _take_names(headers: list[bytes], names: list[NDArray[np.bytes_]], has_pax: 
     digits = table[:, 148:154] - ord("0")  # uint8: what is below "0" becomes large
     total = table.sum(1, dtype=np.uint32) - table[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
     is_pax, behind_size = table[:, 156] == ord("x"), table[:, 135]
-    name = np.ascontiguousarray(table[:, :_NAME_BYTES])
+    name = table[:, :_NAME_BYTES].copy()
     is_zero = name == 0
     is_plain = (
         (digits < 8).all()
