@@ -23,7 +23,6 @@ _LATER = {
     "compare": "compare two evaluations pairwise, with confidence intervals",
     "bench": "measure tokens/s, samples/s, MFU, data wait and scaling over ranks",
     "predict": "answer one text or image at the prompt",
-    "export": "write an ordinary transformers folder that loads without vlmdist",
 }
 
 
@@ -163,6 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first run folder")
 
+    sub = command("export", _export, "write an ordinary transformers or peft folder that loads without vlmdist")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    sub.add_argument("--merge", action="store_true", help="the whole model, adapters merged into 16 or 32 bit")
+    sub.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)"
+    )
+    sub.add_argument("--push-to-hub", metavar="REPO", help="then upload it; the login is HF_TOKEN or `hf auth login`")
+    sub.add_argument("--private", action="store_true", help="only where the repository is private")
+    as_json(sub)
+
     command("config-schema", _config_schema, "the JSON schema of run files, for editors")
     for name, text in _LATER.items():
         later = command(name, _not_yet, text, overrides=True)
@@ -277,6 +287,21 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.report.page import write_report
 
     print(write_report(arguments.run_dirs, arguments.out))
+
+
+def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _quiet_libraries()
+    from vlmdist.export.run import export_run, format_export
+
+    facts = export_run(
+        arguments.run_dir,
+        arguments.out,
+        merge=arguments.merge,
+        checkpoint=arguments.checkpoint,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+    )
+    print(json.dumps(facts) if arguments.json else format_export(facts))
 
 
 def _config_schema(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -33,10 +33,15 @@ class ModelConfig(_Section):
     """Run Python code that comes with the model. Only for models whose code you have read."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """How the frozen linear layers of the language model are held: nf4 is QLoRA's 4 bits with double quantisation."""
+    quantized_parts: list[Literal["vision_tower", "projector", "language_model", "head"]] = ["language_model"]
+    """Parts whose linear layers quantization holds so. A quantised vision tower or projector often gives nonsense."""
+    new_parts: list[Literal["vision_tower", "projector", "language_model", "head"]] = []
+    """Parts whose weights are drawn anew when a run starts: a projector that has yet to learn to see."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the step. auto: bf16 from compute capability 8.0 and on CPU, fp16 below (V100)."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """auto: sdpa. flash_attention_2 needs compute capability 8.0."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: flash_attention_2 from compute capability 8.0 where flash-attn is installed, else sdpa. The last two need
+    8.0; sdpa runs everywhere, packed rows included."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass (non-reentrant): about 30 % more time for much less memory."""
 
@@ -115,6 +120,9 @@ class PromptConfig(_Section):
     """Chat template: a name of vlmdist/data/templates.py, a Jinja file, or null for the model's own."""
     train_on: Literal["assistant", "everything"] = "assistant"
     """Tokens in the loss: what the assistant says (proven for the template), or all, as some articles do."""
+    max_image_tiles: int | None = Field(None, ge=1)
+    """Most tiles an image is cut into (InternVL; a thumbnail comes on top where there are several); null: the model's
+    own limit. Each tile costs tokens and memory."""
 
 
 class TrainConfig(_Section):
@@ -131,6 +139,9 @@ class TrainConfig(_Section):
     max_tokens_per_micro_batch: int | None = Field(None, ge=8)
     """Most tokens in a micro-batch on one rank, padding included; short samples then share one, up to
     per_device_train_batch_size. Planned from text bytes and image sizes: 1 sample of 100 may be longer than planned."""
+    packing: bool = False
+    """Put the samples of a micro-batch into one row without padding; none attends to another. For families where
+    packed equals separate (README); per_device_train_batch_size is then the most samples in a row."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "moondream"] = "cosine"
@@ -172,6 +183,8 @@ class EvaluateConfig(_Section):
     """Longest answer in tokens."""
     max_samples: int | None = Field(None, ge=1)
     """Only the first so many samples of the corpus; null: all."""
+    max_image_tiles: int | None = Field(None, ge=1)
+    """In place of prompt.max_image_tiles when answers are scored; null: the same."""
 
 
 class RunConfig(_Section):

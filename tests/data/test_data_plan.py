@@ -36,6 +36,20 @@ def test_token_budget_holds_with_padding(lengths: list[int], world_size: int, si
             assert padded <= budget or len(micro_batch) == 1
 
 
+@given(st.lists(st.integers(1, 3000), max_size=80), st.integers(1, 5), st.integers(1, 6), st.integers(1, 5000))
+@settings(deadline=None)
+def test_packed_rows_hold_the_token_budget(lengths: list[int], world_size: int, size: int, budget: int) -> None:
+    plan = plan_step(np.array(lengths, float), world_size, size, np.array(lengths), budget, packing=True)
+    assert sorted(p for r in range(world_size) for p in plan.positions(r)) == list(range(len(lengths)))
+    assert len({len(rank) for rank in plan.micro_batches}) == 1
+    padded = plan_step(np.array(lengths, float), world_size, size, np.array(lengths), budget)
+    assert plan.num_micro_steps <= padded.num_micro_steps
+    for rank in plan.micro_batches:
+        for row in rank:
+            assert len(row) <= size
+            assert sum(lengths[p] for p in row) <= budget or len(row) == 1
+
+
 def test_no_rank_idles_while_there_is_work_for_all() -> None:
     plan = plan_step([5.0, 1, 1, 1, 1, 1], 4, 2)
     assert all(plan.positions(rank) for rank in range(4))

@@ -8,11 +8,9 @@ import torch
 from tiny_run import tiny_run
 
 from vlmdist.config import RunConfig, TrainConfig
-from vlmdist.data.collate import NOT_IN_LOSS, MicroBatch
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.train.ds_config import load_ds_config
 from vlmdist.train.gradients import GradientWatch
-from vlmdist.train.loss import token_loss_sum
 from vlmdist.train.optim import learning_rate, make_optimizer
 
 
@@ -100,29 +98,6 @@ def test_optimizers_that_need_a_gpu_say_so() -> None:
                 offload=False,
                 device=torch.device("cpu"),
             )
-
-
-def batch(ids: list[list[int]], labels: list[list[int]]) -> MicroBatch:
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids), len(ids[0]), dtype=torch.long)}
-    return MicroBatch(inputs, torch.tensor(labels), [(0, i) for i in range(len(ids))])
-
-
-def test_loss_is_the_sum_over_loss_tokens(tiny_world: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.float32)
-    x = NOT_IN_LOSS
-    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
-    labels = [[x, x, 7, 8, x, x], [x, x, x, x, 15, 16]]
-    found = float(token_loss_sum(model, batch(ids, labels)).detach())
-    with torch.no_grad():
-        logp = model(torch.tensor(ids)).logits.log_softmax(-1)
-    expected = -(logp[0, 1, 7] + logp[0, 2, 8] + logp[1, 3, 15] + logp[1, 4, 16])
-    assert found == pytest.approx(float(expected), rel=1e-6)
-    empty = token_loss_sum(model, batch(ids, [[x] * 6] * 2))
-    assert float(empty.detach()) == 0.0
-    empty.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_parameter_without_gradient_is_an_error() -> None:

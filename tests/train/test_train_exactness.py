@@ -62,16 +62,26 @@ def reference_curve(world: Path, steps: int, global_batch: int, seed: int, rate:
     return curve
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch", "workers"), [(1, 4, 0), (2, 2, 2), (3, 1, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "workers", "packing"),
+    [(1, 4, 0, False), (2, 2, 2, False), (3, 1, 0, False), (2, 8, 0, True)],
+)
 def test_loss_and_gradient_equal_plain_pytorch(
-    tiny_world: Path, tmp_path: Path, ranks: int, micro_batch: int, workers: int
+    tiny_world: Path, tmp_path: Path, ranks: int, micro_batch: int, workers: int, packing: bool
 ) -> None:
     tree = tiny_run(
         tiny_world,
         tmp_path / "run",
         adapt={"language_model": "full", "head": "full"},
         data={"num_workers": workers},
-        train={"per_device_train_batch_size": micro_batch, "lr_scheduler_type": "constant", "learning_rate": 1e-3},
+        train={
+            "per_device_train_batch_size": micro_batch,
+            "lr_scheduler_type": "constant",
+            "learning_rate": 1e-3,
+            "packing": packing,
+            # short enough for several micro-steps of unequal rows
+            "max_tokens_per_micro_batch": 150 if packing else None,
+        },
     )
     run_vlmdist(ranks, "train", write_run(tree, tmp_path / "run.yaml"))
     rows = rows_of(tmp_path / "run")

@@ -1,4 +1,8 @@
-"""From encoded samples to the tensors of one micro-batch. B rows, T tokens."""
+"""From encoded samples to the tensors of one micro-batch. B rows, T tokens.
+
+Padded: a row a sample. Packed: all samples in one row, one after the other, with positions that start again at 0 for
+each; the model sees by them where a sample begins and lets none attend to another.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +19,8 @@ NOT_IN_LOSS = -100  # transformers' convention
 @dataclass
 class MicroBatch:
     inputs: dict[str, Any]
-    """What the model's forward takes: input_ids and attention_mask [B, T], pixel_values, ... Tensors; pixels may be
-    RawPixels until ``to`` makes tensors of them."""
+    """What the model's forward takes: input_ids and attention_mask [B, T] (packed: input_ids and position_ids [1, T]),
+    pixel_values, ... Tensors; pixels may be RawPixels until ``to`` makes tensors of them."""
     labels: torch.Tensor  # [B, T]; labels[b, t] is input_ids[b, t] where that token is in the loss, else NOT_IN_LOSS
     sample_numbers: list[tuple[int, int]] = field(default_factory=list)
     """(corpus, sample) of each real row; rows without a number are placeholders."""
@@ -24,6 +28,8 @@ class MicroBatch:
     """Samples of this micro-batch that were left out: corpus, sample, shard, key, why."""
     failure: str | None = None
     """Why the run can't go on: shards can't be had any more."""
+    packed_lengths: tuple[int, ...] = ()
+    """Tokens of each sample of a packed row; () where every sample has a row of its own."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -31,7 +37,9 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the real rows, padding not counted."""
+        """Tokens of the real samples, padding not counted."""
+        if self.packed_lengths:
+            return sum(self.packed_lengths[: len(self.sample_numbers)])
         return int(self.inputs["attention_mask"][: len(self.sample_numbers)].sum())
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -54,8 +62,25 @@ def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, Any
         **_per_token(rows, length, left=False),
         **_features(rows),
     }
-    labels = [[t if inside else NOT_IN_LOSS for t, inside in zip(r.input_ids, r.in_loss, strict=True)] for r in rows]
-    return inputs, _stack(labels, length, NOT_IN_LOSS, left=False)
+    return inputs, _stack([_labels(r) for r in rows], length, NOT_IN_LOSS, left=False)
+
+
+def pack(rows: Sequence[Encoded]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Training layout without padding: inputs and labels in one row.
+
+    No attention mask: it is the positions that part the samples, and only without one do models look at them. The first
+    token of a sample is never in the loss: what stands before it is another sample.
+    """
+    ids = [token for r in rows for token in r.input_ids]
+    names = sorted({name for r in rows for name in r.per_token})
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.cat([torch.arange(len(r.input_ids)) for r in rows])[None],
+        **{n: torch.tensor([[x for r in rows for x in r.per_token.get(n, [0] * len(r.input_ids))]]) for n in names},
+        **_features(rows),
+    }
+    labels = [label for r in rows for label in (NOT_IN_LOSS, *_labels(r)[1:])]
+    return inputs, torch.tensor([labels])
 
 
 def pad_left(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
@@ -67,6 +92,10 @@ def pad_left(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
         **_per_token(rows, length, left=True),
         **_features(rows),
     }
+
+
+def _labels(row: Encoded) -> list[int]:
+    return [t if inside else NOT_IN_LOSS for t, inside in zip(row.input_ids, row.in_loss, strict=True)]
 
 
 def _stack(rows: list[list[int]], length: int, fill: int, *, left: bool) -> torch.Tensor:

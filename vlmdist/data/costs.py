@@ -38,7 +38,7 @@ class CostRule:
     headroom: int
     """99 of 100 samples have at most headroom / 1024 times the tokens that the rule says."""
     row_patches: int
-    """Vision patches (1/1024) in one row of the processor's image features."""
+    """Vision patches (1/1024) in what the processor tells as one row of its image features."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_rule(
 
     patch_work: work of a vision patch over that of a text token. Samples that can't be used don't count.
     """
-    rows = []  # text bytes, images, image tokens by the processor, tokens, patches, rows of features
+    rows = []  # text bytes, images, image tokens by the processor, tokens, patches, rows of features by the processor
     for corpus, number in samples[:NUM_MEASURED]:
         shards = corpora[corpus]
         try:
@@ -67,10 +67,10 @@ def measure_rule(
             continue
         features = encoded.features.get("pixel_values")
         patches = 0.0 if features is None else features.numel() / 3 / _PATCH_PIXELS
-        told = _told_by_processor(prompter.processor, shards.image_sizes(number))
-        image_tokens = -1 if told is None else told[0]
+        told = told_by_processor(prompter.processor, shards.image_sizes(number))
+        image_tokens, told_rows = (-1, 0) if told is None else told
         row = (shards.text_bytes[number], shards.num_images[number], image_tokens, len(encoded.input_ids), patches)
-        rows.append((*row, 0 if features is None else features.shape[0]))
+        rows.append((*row, told_rows))
     if not rows:  # nothing usable: four bytes a token, LLaVA's 24 x 24 patches an image
         return CostRule(_UNIT // 4, 16 * _UNIT, 576 * _UNIT, 576 * _UNIT, round(patch_work * _UNIT), 2 * _UNIT, 0)
     table = np.array(rows, np.float64)
@@ -88,7 +88,7 @@ def measure_rule(
         patches_per_image=round(_UNIT * float(patches.sum() / max(1, images.sum()))),
         patch_work=round(patch_work * _UNIT),
         headroom=round(headroom * _UNIT),
-        row_patches=round(_UNIT * float(patches.sum() / max(1, feature_rows.sum()))),
+        row_patches=round(_UNIT * float(patches[~untold].sum() / max(1, feature_rows.sum()))),
     )
 
 
@@ -110,13 +110,13 @@ def apply_rule(rule: CostRule, corpus: Corpus, prompter: Prompter) -> SampleCost
 
 def _of_one_image(rule: CostRule, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Tokens and patches (1/1024) of an image of (width, height) pixels."""
-    told = _told_by_processor(processor, [size]) if min(size) > 0 else None
+    told = told_by_processor(processor, [size]) if min(size) > 0 else None
     if told is None:
         return rule.per_image, rule.patches_per_image
     return told[0] * _UNIT, told[1] * rule.row_patches
 
 
-def _told_by_processor(processor: Any, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+def told_by_processor(processor: Any, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     """Placeholder tokens and rows of features for images of (width, height) pixels; None where it can't tell.
 
     transformers' processors have this for inference servers that plan batches.

@@ -34,12 +34,13 @@ def plan_step(
     micro_batch_size: int,
     token_lengths: Sequence[int] | NDArray[np.int64] | None = None,
     max_tokens_per_micro_batch: int | None = None,
+    packing: bool = False,
 ) -> StepPlan:
     """Deal the n samples of a step to ranks so that no rank waits long for another.
 
     costs: [n] work of each sample, in any unit, not negative. token_lengths: [n], what a micro-batch is padded to;
     the costs where it is absent. max_tokens_per_micro_batch: most tokens in a micro-batch, padding included; a sample
-    longer than that gets a micro-batch of its own.
+    longer than that gets a micro-batch of its own. packing: there is no padding, the samples share one row.
 
     The dearest sample goes to the rank with the least work that still has room (longest processing time first;
     Graham 1969, https://doi.org/10.1137/0117039). Within a rank samples go by falling length, so that neighbours need
@@ -59,7 +60,8 @@ def plan_step(
     if max_tokens_per_micro_batch is None:
         return StepPlan(tuple(_cut_evenly(mine, num_micro_steps) for mine in by_length))
     lengths = length.tolist()
-    cut = [_cut_by_tokens(mine, lengths, micro_batch_size, max_tokens_per_micro_batch) for mine in by_length]
+    by_tokens = _pack_by_tokens if packing else _cut_by_tokens
+    cut = [by_tokens(mine, lengths, micro_batch_size, max_tokens_per_micro_batch) for mine in by_length]
     num_micro_steps = max(1, *map(len, cut))
     return StepPlan(tuple(mine + ((),) * (num_micro_steps - len(mine)) for mine in cut))
 
@@ -96,4 +98,22 @@ def _cut_by_tokens(
             parts[-1].append(p)
         else:
             parts.append([p])
+    return tuple(map(tuple, parts))
+
+
+def _pack_by_tokens(
+    positions: list[int], lengths: list[float], most_samples: int, most_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """First fit over falling lengths (Johnson 1974, https://doi.org/10.1137/0203025): few rows, well filled."""
+    parts: list[list[int]] = []
+    filled: list[float] = []
+    for p in positions:
+        for number, used in enumerate(filled):
+            if used + lengths[p] <= most_tokens and len(parts[number]) < most_samples:
+                parts[number].append(p)
+                filled[number] += lengths[p]
+                break
+        else:
+            parts.append([p])
+            filled.append(lengths[p])
     return tuple(map(tuple, parts))

@@ -78,6 +78,7 @@ class Prompter:
                 "model.name_or_path: the tokenizer is a slow one; vlmdist needs a fast tokenizer (tokenizer.json)"
             )
         self.image_token: str | None = getattr(processor, "image_token", None) if self.has_images else None
+        self.sees_question_both_ways = bool(getattr(processor, "sees_question_both_ways", False))
         specials = {*self.tokenizer.all_special_tokens, *([self.image_token] if self.image_token else [])}
         specials |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         self._special_pattern = re.compile("|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True) if s))
@@ -88,8 +89,18 @@ class Prompter:
             self.pixels = prove_pixels(processor.image_processor, self._process_alone)
 
     @classmethod
-    def for_run(cls, processor: Any, config: RunConfig) -> "Prompter":
-        """The prompter of a run file's prompt and data sections."""
+    def for_run(cls, processor: Any, config: RunConfig, *, evaluation: bool = False) -> "Prompter":
+        """The prompter of a run file's prompt and data sections. UserError where they don't fit the model."""
+        tiles = config.prompt.max_image_tiles
+        if evaluation and config.evaluate.max_image_tiles is not None:
+            tiles = config.evaluate.max_image_tiles
+        if tiles is not None:
+            image_processor = getattr(processor, "image_processor", None)
+            if not hasattr(image_processor, "max_patches"):
+                raise UserError("max_image_tiles: this model doesn't cut images into a number of tiles that can be set")
+            processor = copy.copy(processor)
+            processor.image_processor = copy.copy(image_processor)
+            processor.image_processor.max_patches = tiles
         return cls(processor, find_template(config.prompt.template), config.prompt.train_on, config.data.max_length)
 
     # -- what others ask for ---------------------------------------------------------------------------------------
@@ -110,8 +121,7 @@ class Prompter:
     def encode_question(self, sample: Sample) -> Encoded:
         """The conversation up to the last question, ready for the answer. Raises BadSample."""
         self._refuse_special_tokens(sample.question)
-        text = self._render(sample.question, add_generation_prompt=True)
-        return self._encode(text, [], sample)
+        return self._ask(sample)
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens up to the end of the turn."""
@@ -133,15 +143,15 @@ class Prompter:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def placeholder(self, with_image: bool) -> Encoded:
-        """A tiny sample with no token in the loss: what a rank without work runs."""
-        content: tuple[TextPart | ImagePart, ...] = (TextPart("."),)
+    def placeholder(self, with_image: bool, text: str = ".") -> Encoded:
+        """A tiny sample with no token in the loss: what a rank without work runs, and what a model is tried with."""
+        content: tuple[TextPart | ImagePart, ...] = (TextPart(text),)
         images: tuple[bytes, ...] = ()
         if with_image:
             content, images = (ImagePart(0), *content), (_gray_image(),)
         messages = (Message("user", content), Message("assistant", (TextPart("."),)))
-        text, _ = self._render_training(messages)
-        return self._encode(text, [], Sample(-1, "placeholder", messages, images), check_length=False)
+        rendered, _ = self._render_training(messages)
+        return self._encode(rendered, [], Sample(-1, "placeholder", messages, images), check_length=False)
 
     def prove(self) -> None:
         """Show on probe conversations that exactly what the assistant says is in the loss; UserError otherwise."""
@@ -230,6 +240,15 @@ class Prompter:
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
+    def _ask(self, sample: Sample, *, check_length: bool = True) -> Encoded:
+        """The conversation up to the last question; no token is in the loss."""
+        text = self._render(sample.question, add_generation_prompt=True)
+        spans: list[Span] = []
+        if self.sees_question_both_ways and any(m.role == "assistant" for m in sample.question):
+            _, spans = self._render_training(sample.question)  # earlier answers are causal here too
+        encoded = self._encode(text, spans, sample, check_length=check_length)
+        return replace(encoded, in_loss=[False] * len(encoded.input_ids))
+
     def _encode(self, text: str, spans: list[Span], sample: Sample, *, check_length: bool = True) -> Encoded:
         order = [p.index for m in sample.messages for p in m.content if isinstance(p, ImagePart)]
         if order:
@@ -250,7 +269,15 @@ class Prompter:
             else:
                 features[name] = value
         in_loss = [any(a < end and b > start for start, end in spans) and b > a for a, b in offsets]
+        if self.sees_question_both_ways:
+            per_token["token_type_ids"] = self._token_types(spans, offsets)
         return Encoded(input_ids, in_loss, per_token, features)
+
+    def _token_types(self, spans: list[Span], offsets: list[Span]) -> list[int]:
+        """0 for tokens that see each other both ways, the question; 1 for causal ones, from the first answer on."""
+        if self.train_on == "everything":  # what is in the loss must not be seen before it is predicted
+            return [1] * len(offsets)
+        return [int(bool(spans) and end > spans[0][0]) for _, end in offsets]
 
     def _process(self, text: str, image_processor: Any, images: list[Any]) -> Any:
         """What the processor makes of a text and its images, were ``image_processor`` its own."""
@@ -293,10 +320,7 @@ class Prompter:
 
     def _compare_with_question(self, sample: Sample, encoded: Encoded) -> None:
         """The model must be asked at evaluation as it was trained: same tokens before the answer."""
-        text = self._render(sample.question, add_generation_prompt=True)
-        asked = self._encode(
-            text, [], Sample(-1, "probe", sample.question, sample.images), check_length=False
-        ).input_ids
+        asked = self._ask(sample, check_length=False).input_ids
         if encoded.input_ids[: len(asked)] != asked:
             trained = self.tokenizer.decode(encoded.input_ids[: len(asked)][-20:])
             raise UserError(

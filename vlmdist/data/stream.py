@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmdist.data.collate import MicroBatch, pad_right
+from vlmdist.data.collate import MicroBatch, pack, pad_right
 from vlmdist.data.costs import SampleCosts
 from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, step_slice, steps_left
 from vlmdist.data.plan import StepPlan, plan_step
@@ -97,7 +97,7 @@ class TrainStream:
     """Iterates over the steps of a run for one rank. All ranks must use the same arguments but ``rank``.
 
     costs: of the samples of each corpus. micro_batch_size: most samples in a micro-batch; max_tokens_per_micro_batch:
-    most tokens in one, padding included (None: no such limit).
+    most tokens in one, padding included (None: no such limit). packing: the samples of a micro-batch share one row.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class TrainStream:
         total_steps: int,
         num_workers: int,
         needs_image: bool,
+        packing: bool = False,
     ):
         self.mixture = mixture
         self.costs = costs
@@ -124,7 +125,8 @@ class TrainStream:
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.num_workers = num_workers
         self.total_steps = total_steps
-        self._dataset = _MicroBatches(mixture.corpora, prompter, needs_image)
+        self.packing = packing
+        self._dataset = _MicroBatches(mixture.corpora, prompter, needs_image, packing)
 
     def steps(self, cursor: Cursor, steps_done: int) -> Iterator[Step]:
         """The steps from ``cursor`` on, after ``steps_done`` finished ones, to the end of the run."""
@@ -164,7 +166,9 @@ class TrainStream:
             mine = due[:, 0] == number
             work[mine] = costs.work[due[mine, 1]]
             tokens[mine] = costs.tokens[due[mine, 1]]
-        return plan_step(work, self.world_size, self.micro_batch_size, tokens, self.max_tokens_per_micro_batch)
+        return plan_step(
+            work, self.world_size, self.micro_batch_size, tokens, self.max_tokens_per_micro_batch, self.packing
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ class _Tasks(torch.utils.data.Sampler[_Task]):
 class _MicroBatches(Dataset[MicroBatch]):
     """Makes one micro-batch from its sample numbers; runs inside the loader workers."""
 
-    def __init__(self, corpora: Sequence[Corpus], prompter: Prompter, needs_image: bool):
+    def __init__(self, corpora: Sequence[Corpus], prompter: Prompter, needs_image: bool, packing: bool = False):
+        self.packing = packing
         self.corpora = corpora
         self.prompter = prompter
         self.needs_image = needs_image
@@ -224,8 +229,9 @@ class _MicroBatches(Dataset[MicroBatch]):
             rows.append(self.image_placeholder)
         elif not rows:
             rows.append(self.text_placeholder)
-        inputs, labels = pad_right(rows, self.prompter.pad_token_id)
-        return MicroBatch(inputs, labels, numbers, bad, failure)
+        if self.packing:
+            return MicroBatch(*pack(rows), numbers, bad, failure, tuple(len(r.input_ids) for r in rows))
+        return MicroBatch(*pad_right(rows, self.prompter.pad_token_id), numbers, bad, failure)
 
     def __len__(self) -> int:
         return sum(len(c) for c in self.corpora)

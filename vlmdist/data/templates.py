@@ -72,18 +72,23 @@ RECEIPT_LINES = (
 """
 )
 
-# InternLM2-chat, as Mini-InternVL-Chat-V1-5 uses it
-INTERNLM2 = (
-    _CONTENT
-    + """\
+# InternLM2-chat as Mini-InternVL-Chat-V1-5 has it: its system text, no line between turns, a new line behind an image
+INTERNLM2 = """\
+{%- macro content(message) -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{ image_token }}{{ '\\n' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
+{%- if messages[0].role != 'system' -%}
+{{ '<|im_start|>system\\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|>' }}
+{%- endif -%}
 {%- for message in messages -%}
 {{ '<|im_start|>' }}{{ message.role }}{{ '\\n' }}{{ content(message) }}{{ '<|im_end|>' }}
-{%- if not loop.last or message.role != 'assistant' -%}{{ '\\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
-)
 
 TEMPLATES = {
     "vicuna": VICUNA,

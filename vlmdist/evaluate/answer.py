@@ -43,7 +43,7 @@ class Answerer:
         self.corpus = corpus
         self.max_new_tokens = config.evaluate.max_new_tokens
         self.model, processor = load_for_evaluation(config, checkpoint, device)
-        self.prompter = Prompter.for_run(processor, config)
+        self.prompter = Prompter.for_run(processor, config, evaluation=True)
 
     def answer(self, samples: Sequence[int]) -> list[Row]:
         """Rows of {number, id, truth, prediction} in the order of ``samples``; "error" too where a sample failed."""

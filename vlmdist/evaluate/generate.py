@@ -17,7 +17,6 @@ def generate_batch(model: Any, prompter: Prompter, questions: Sequence[Encoded],
     """
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in pad_left(questions, prompter.pad_token_id).items()}
-    inputs = {name: _in_dtype(value, model.dtype) for name, value in inputs.items()}
     with torch.inference_mode(), _without_own_settings(model):
         sequences = model.generate(**inputs, generation_config=_greedy(prompter, max_new_tokens))  # [B, T + A]
     answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()  # [B, A]
@@ -49,7 +48,3 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         owner.generation_config = own
-
-
-def _in_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype) if value.is_floating_point() else value

@@ -60,7 +60,11 @@ def identity_of(
         "corpus": {"fingerprint": corpus.fingerprint, "num_samples": num_samples},
         "model": {**config.model.model_dump(), "files": _files_digest(Path(config.model.name_or_path))},
         "checkpoint": None if checkpoint is None else _checkpoint_of(config, checkpoint),
-        "prompt": {"template": config.prompt.template, "max_length": config.data.max_length},
+        "prompt": {
+            "template": config.prompt.template,
+            "max_length": config.data.max_length,
+            "max_image_tiles": config.evaluate.max_image_tiles or config.prompt.max_image_tiles,
+        },
         "template_file": _template_digest(config.prompt.template),
         "generation": {
             "batch_size": config.evaluate.per_device_eval_batch_size,

@@ -120,5 +120,17 @@ def _refuse_parts_that_are_not_there(model: nn.Module, config: AdaptConfig, fami
         for part in PARTS
         if getattr(config, part) != "frozen" and part not in found
     ]
+    head, embedding = _weight_of(model, "get_output_embeddings"), _weight_of(model, "get_input_embeddings")
+    both_full = config.head == config.language_model == "full"
+    if head is not None and head is embedding and config.head != "frozen" and not both_full:
+        problems.append(
+            f"adapt.head: {config.head}, but this model's head is its token embedding (tie_word_embeddings), which is "
+            "a part of language_model; use head: frozen, or full for both"
+        )
     if problems:
         raise UserError(problems)
+
+
+def _weight_of(model: nn.Module, which: str) -> torch.Tensor | None:
+    module = getattr(model, which, lambda: None)()
+    return getattr(module, "weight", None)

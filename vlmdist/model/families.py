@@ -1,10 +1,12 @@
 """Where the parts of each model family are: one row a family.
 
 Module names are those of transformers 5, seen from the model that AutoModelForImageTextToText (or ForCausalLM) gives.
-A family that is not listed is a text model: language model ``model``, head ``lm_head``, nothing else.
+A family that is not listed is taken for one with the usual names where its configuration has a vision tower, else for
+a text model: language model ``model``, head ``lm_head``, nothing else.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 PARTS = ("vision_tower", "projector", "language_model", "head")
 
@@ -35,13 +37,42 @@ class Family:
 TEXT = Family()
 
 _LLAVA = Family(("model.vision_tower",), ("model.multi_modal_projector",), ("model.language_model",))
+_IDEFICS3 = Family(("model.vision_model",), ("model.connector",), ("model.text_model",))
+_QWEN_VL = Family(("model.visual",), ("model.visual.merger",), ("model.language_model",))
+_USUAL = Family(
+    ("model.vision_tower", "model.vision_model", "model.visual"),
+    (
+        "model.multi_modal_projector",
+        "model.image_newline",
+        "model.connector",
+        "model.visual.merger",
+        "model.visual.deepstack_merger_list",
+    ),
+    ("model.language_model", "model.text_model"),
+)
 
 FAMILIES = {
     # model_type: its parts
-    "llava": _LLAVA,
+    "fuyu": Family((), ("model.vision_embed_tokens",), ("model.language_model",)),  # patches straight into the decoder
+    "gemma3": _LLAVA,
+    "idefics3": _IDEFICS3,
     "internvl": _LLAVA,
+    "llava": _LLAVA,
+    "llava_next": Family(
+        ("model.vision_tower",), ("model.multi_modal_projector", "model.image_newline"), ("model.language_model",)
+    ),
+    "paligemma": _LLAVA,
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": Family(
+        ("model.visual",), ("model.visual.merger", "model.visual.deepstack_merger_list"), ("model.language_model",)
+    ),
+    "smolvlm": _IDEFICS3,
+    "vlmdist_moondream": _LLAVA,
 }
 
 
-def family_of(model_type: str) -> Family:
-    return FAMILIES.get(model_type, TEXT)
+def family_of(transformers_config: Any) -> Family:
+    """By the model's configuration."""
+    usual = _USUAL if hasattr(transformers_config, "vision_config") else TEXT
+    return FAMILIES.get(transformers_config.model_type, usual)

@@ -19,7 +19,7 @@ def weight_bytes(model: nn.Module, config: ModelConfig, family: Family, dtype: t
     packed = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and family.part_of(name) == "language_model"
+        if isinstance(module, nn.Linear) and family.part_of(name) in config.quantized_parts
     }
     total = 0.0
     for parameter in model.parameters():
@@ -28,23 +28,22 @@ def weight_bytes(model: nn.Module, config: ModelConfig, family: Family, dtype: t
     return int(total)
 
 
-def model_on_meta(transformers_config: Any, family: Family) -> nn.Module:
+def model_on_meta(transformers_config: Any, family: Family, *, trust_remote_code: bool = False) -> nn.Module:
     """The model without memory: every weight on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     source = AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
     with init_empty_weights():
-        model: nn.Module = source.from_config(transformers_config)
+        model: nn.Module = source.from_config(transformers_config, trust_remote_code=trust_remote_code)
     model.tie_weights()  # type: ignore[operator]
     return model
 
 
 def memory_problem(config: ModelConfig, transformers_config: Any, family: Family, device: torch.device) -> str | None:
     """A sentence where the weights alone exceed the memory of this rank's device, told before they are loaded."""
-    needed = weight_bytes(
-        model_on_meta(transformers_config, family), config, family, resolve_dtype(config.precision, device)
-    )
+    on_meta = model_on_meta(transformers_config, family, trust_remote_code=config.trust_remote_code)
+    needed = weight_bytes(on_meta, config, family, resolve_dtype(config.precision, device))
     available = _device_bytes(device)
     if needed <= available:
         return None

@@ -29,6 +29,7 @@ from vlmdist.train.gradients import GradientWatch
 from vlmdist.train.inputs import Inputs
 from vlmdist.train.metrics import log
 from vlmdist.train.optim import make_optimizer
+from vlmdist.train.packing import prove_packing
 from vlmdist.train.state import TrainState
 
 _PACKAGES = ("vlmdist", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -68,6 +69,8 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> 
     log.info("loading %s (%s)", config.model.name_or_path, config.model.quantization)
     model, family = load_for_training(config, world.device)
     _log_sizes(model)
+    if config.train.packing:
+        prove_packing(model, prompter)
     costs = _plan_costs(inputs, prompter, model, family, world)
     engine = _start_engine(model, config, world, inputs)
     stream = TrainStream(
@@ -82,6 +85,7 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> 
         total_steps=inputs.total_steps,
         num_workers=config.data.num_workers,
         needs_image=trains_vision(config.adapt, family),
+        packing=config.train.packing,
     )
     watch = GradientWatch(engine.module)
     training = Training(config, world, run, engine, prompter, stream, inputs.validation, inputs.state, watch)

@@ -1,0 +1,1 @@
+"""Published weights in their authors' own form, as models of transformers."""
