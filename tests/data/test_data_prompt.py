@@ -47,8 +47,9 @@ EXPECTED = {
     "moondream": "{b}\n\nQuestion: q1\n\nAnswer: a1{e}\n\nQuestion: q2\n\nAnswer: a2{e}",
     "receipt-lines": "{b}q1\nNormalized product: a1{e}q2\nNormalized product: a2{e}",
     "internlm2": (
-        "{b}<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
-        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>"
+        "{b}<|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|>"
+        "<|im_start|>user\nq1<|im_end|><|im_start|>assistant\na1<|im_end|>"
+        "<|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>"
     ),
 }
 

@@ -47,7 +47,9 @@ def test_a_model_that_counts_on_is_refused(loaded: tuple[Any, Prompter], monkeyp
     prove_packing(model, prompter)
     forward = model.forward
 
-    def counts_on(*arguments: Any, position_ids: torch.Tensor, **options: Any) -> Any:
+    def counts_on(*arguments: Any, position_ids: torch.Tensor | None = None, **options: Any) -> Any:
+        if position_ids is None:  # a row of its own
+            return forward(*arguments, **options)
         length = position_ids.shape[1]
         sample = (position_ids[0] == 0).cumsum(0)
         sees = (sample[:, None] == sample[None]) & torch.ones(length, length).tril().bool()

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from vlmdist.data.collate import NOT_IN_LOSS, MicroBatch
+from vlmdist.train.positions import with_own_positions
 
 LOGITS_AT_ONCE = 2**26
 """Numbers in the logits of one chunk of tokens: 256 MB in fp32."""
@@ -31,8 +32,9 @@ def token_loss_sum(model: Any, batch: MicroBatch, logits_at_once: int = LOGITS_A
     targets = batch.labels[:, 1:]  # [B, T-1]; the token after each position
     in_loss = targets != NOT_IN_LOSS
     head = _plain_head(model)
+    inputs = with_own_positions(model, batch.inputs)
     with _passed_through(head):
-        found = model(**batch.inputs, use_cache=False).logits[:, :-1]  # [B, T-1, width], or logits [B, T-1, V]
+        found = model(**inputs, use_cache=False).logits[:, :-1]  # [B, T-1, width], or logits [B, T-1, V]
     if not bool(in_loss.any()):
         return (head(found[:1, :1]) if head is not None else found).float().sum() * 0.0
     found, targets = found[in_loss], targets[in_loss]  # [N, ...], [N]

@@ -1,7 +1,8 @@
 """Shown on the run's own model before training: packed samples don't see each other and are computed as if alone.
 
 Many models drop what parts the samples of a row, without a word: a cached decoder lets the second attend to the first,
-a family that computes its own positions counts on. So no family is trusted by its name.
+a family that computes its own positions counts on, one with windows lays them over the images of another sample. So no
+family is trusted by its name.
 """
 
 from dataclasses import replace
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 
-from vlmdist.data.collate import pack
-from vlmdist.data.prompt import Encoded, Prompter
+from vlmdist.data.collate import pack, pad_right
+from vlmdist.data.prompt import Prompter
 from vlmdist.errors import UserError
+from vlmdist.train.positions import with_own_positions
 
 # Largest difference of a logit, in standard deviations of all logits. Rounding alone: the kernels see other shapes.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -25,18 +27,26 @@ _REFUSED = (
 
 @torch.no_grad()
 def prove_packing(model: Any, prompter: Prompter) -> None:
-    """UserError where two packed probes are not computed as two rows would be. Leaves the model in training mode."""
+    """UserError where packed probes are not computed as rows of their own would be. Leaves the model in training mode.
+
+    The probes have their images at unlike places, behind a sample of text alone: what is looked up at the place in the
+    sample instead of the place in the row, or the other way round, shows.
+    """
     device = next(model.parameters()).device
     dtype = model.get_input_embeddings().weight.dtype
-    first = prompter.placeholder(prompter.has_images, "What does the receipt say, and where was it written?")
-    second = prompter.placeholder(prompter.has_images, "How much is it?")
-    other = replace(first, input_ids=_with_words_turned(first.input_ids, set(prompter.tokenizer.added_tokens_decoder)))
+    probes = [
+        prompter.placeholder(False, "What does the receipt say, and where was it written?"),
+        prompter.placeholder(prompter.has_images, "How much is it?"),
+        prompter.placeholder(False, "Thanks."),
+        prompter.placeholder(prompter.has_images, "And how much is this one in all?"),
+    ]
+    special = set(prompter.tokenizer.added_tokens_decoder)
+    others = [replace(p, input_ids=_with_words_turned(p.input_ids, special)) for p in probes[:-1]]
     model.eval()
     try:
-        length = len(second.input_ids)
-        alone = _logits(model, [second], device)[0]
-        packed = _logits(model, [first, second], device)[0, -length:]
-        behind_other = _logits(model, [other, second], device)[0, -length:]
+        alone = torch.cat([_logits(model, pad_right([p], prompter.pad_token_id), device) for p in probes])
+        packed = _logits(model, pack(probes), device)
+        behind_others = _logits(model, pack([*others, probes[-1]]), device)
     finally:
         model.train()
     scale = float(alone.std())
@@ -44,9 +54,10 @@ def prove_packing(model: Any, prompter: Prompter) -> None:
     if not apart <= _TOLERANCE.get(dtype, 0.1):
         raise UserError(_REFUSED.format(f"it differs from the sample alone by {apart:.2g}"))
     # the same shapes, so without a leak the same bits
-    seen = float((packed - behind_other).abs().max()) / scale
+    last = slice(-len(probes[-1].input_ids), None)
+    seen = float((packed[last] - behind_others[last]).abs().max()) / scale
     if not seen <= _TOLERANCE[torch.float32]:
-        raise UserError(_REFUSED.format(f"it changes with the sample before it by {seen:.2g}"))
+        raise UserError(_REFUSED.format(f"it changes with the samples before it by {seen:.2g}"))
 
 
 def _with_words_turned(ids: list[int], special: set[int]) -> list[int]:
@@ -55,8 +66,8 @@ def _with_words_turned(ids: list[int], special: set[int]) -> list[int]:
     return [t if t in special else words.pop() for t in ids]
 
 
-def _logits(model: Any, rows: list[Encoded], device: torch.device) -> torch.Tensor:
-    inputs, _ = pack(rows)
-    moved = {name: value.to(device) for name, value in inputs.items()}
-    logits: torch.Tensor = model(**moved, use_cache=False).logits.float()
+def _logits(model: Any, made: tuple[dict[str, Any], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[T, V] of the only row."""
+    inputs = {name: value.to(device) for name, value in made[0].items()}
+    logits: torch.Tensor = model(**with_own_positions(model, inputs), use_cache=False).logits[0].float()
     return logits
