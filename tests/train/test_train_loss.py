@@ -140,3 +140,16 @@ def test_a_packed_row_parts_its_samples() -> None:
     packed = MicroBatch(inputs, labels, [(0, 7)], packed_lengths=(3, 2))  # the second is a placeholder
     assert packed.num_tokens == 3
     assert packed.num_loss_tokens == 3
+
+
+@pytest.mark.gpu
+def test_ligers_kernel_gives_the_same(tiny_world: Path) -> None:
+    """bf16 hidden states; Liger sums in fp32 as the plain way does."""
+    pytest.importorskip("liger_kernel")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model", dtype=torch.bfloat16).cuda().train()
+    data = random_batch(2, 30).to(torch.device("cuda"))
+    found = float(token_loss_sum(model, data).detach())
+    expected = float(token_loss_sum(model.float(), data).detach())
+    assert found == pytest.approx(expected, rel=2e-2)
