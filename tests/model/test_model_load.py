@@ -15,7 +15,7 @@ from vlmdist.errors import UserError
 from vlmdist.model.adapters import load_trainable, trainable_names, trains_vision
 from vlmdist.model.families import FAMILIES, PARTS, TEXT, Family
 from vlmdist.model.load import load_for_evaluation, load_for_training, load_processor
-from vlmdist.model.precision import resolve_dtype
+from vlmdist.model.precision import resolve_attention, resolve_dtype
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,26 @@ def test_nf4_packs_the_language_model_alone(tiny_llava: Path) -> None:
     assert not any("vision_tower" in n or "projector" in n or "lm_head" in n for n in packed)
     assert any("vision_tower" in n for n in plain)
     assert any("lm_head" in n for n in plain)
+
+
+def test_what_is_asked_for_is_packed_too(tiny_llava: Path) -> None:
+    config = run_config(tiny_llava, quantization="nf4", quantized_parts=["vision_tower", "language_model"])
+    packed = {n for n, kind in kinds(load_for_training(config, CPU)[0]).items() if kind == "Linear4bit"}
+    assert any("vision_tower" in n for n in packed)
+    assert not any("projector" in n for n in packed)
+
+
+def test_new_parts_are_drawn_anew_and_the_others_kept(tiny_llava: Path) -> None:
+    adapt = AdaptConfig(projector="full", language_model="frozen")
+    kept, _ = load_for_training(run_config(tiny_llava, adapt), CPU)
+    drawn, family = load_for_training(run_config(tiny_llava, adapt, new_parts=["projector"]), CPU)
+    again, _ = load_for_training(run_config(tiny_llava, adapt, new_parts=["projector"]), CPU)
+    before, after = dict(kept.named_parameters()), dict(drawn.named_parameters())
+    for name, value in dict(again.named_parameters()).items():
+        assert torch.equal(value, after[name])  # the same on every rank
+        assert torch.equal(value, before[name]) == (family.part_of(name) != "projector"), name
+    with pytest.raises(UserError, match=r"model\.new_parts: projector must be full in the adapt section"):
+        load_for_training(run_config(tiny_llava, new_parts=["projector"]), CPU)
 
 
 def test_a_vision_tower_under_another_name_is_not_packed_unseen(
@@ -195,6 +215,20 @@ def test_precision_goes_by_compute_capability(
     # a V100 answers True to torch.cuda.is_bf16_supported(); only its capability tells
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert resolve_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+def test_attention_goes_by_capability_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    for capability, installed, expected in (
+        ((7, 0), True, "sdpa"),
+        ((8, 0), True, "flash_attention_2"),
+        ((9, 0), False, "sdpa"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, i=installed: object() if i else None)
+        assert resolve_attention("auto", device) == expected
+        assert resolve_attention("eager", device) == "eager"
+    assert resolve_attention("auto", CPU) == "sdpa"
 
 
 def test_what_a_v100_cannot_do_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

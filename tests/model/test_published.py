@@ -1,5 +1,6 @@
 """Converted models compute what the published ones do; anything that isn't the published form is refused by name."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -18,10 +19,13 @@ from published_models import (
 )
 from tiny_models import train_tiny_tokenizer
 
+from vlmdist.config import RunConfig
+from vlmdist.data.prompt import Prompter
 from vlmdist.errors import UserError
 from vlmdist.model.published import internvl, moondream
 from vlmdist.model.published.sentencepiece_tokenizer import load_fast_tokenizer
 from vlmdist.model.published.weights import read_weights
+from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 TEXTS = ["Question: How many dimes are there?", "Answer: 3", "Extract the company, date, address and total."] * 20
 # fp32 on both sides; the orders of summation differ, over logits of a few units
@@ -151,6 +155,39 @@ def test_internvl_tiles_are_the_authors(internvl_folder: Path, most: int) -> Non
         ).permute(0, 3, 1, 2)
         found = processor.image_processor(images=[image], max_patches=most, crop_to_patches=True, return_tensors="pt")
         torch.testing.assert_close(found["pixel_values"], expected, atol=1e-5, rtol=0)
+
+
+def test_the_run_file_sets_the_tiles(internvl_folder: Path) -> None:
+    """As the recipe does: 2 in training, 6 where answers are scored; a thumbnail on top."""
+    write_folder(internvl_folder, internvl_weights(345), internvl_config(), "safetensors")
+    _, processor = internvl.convert(internvl_folder)
+    buffer = io.BytesIO()
+    picture(300, 60).save(buffer, "PNG")
+    messages = (
+        Message("user", (ImagePart(0), TextPart("Total?"))),
+        Message("assistant", (TextPart("14.10"),)),
+    )
+    sample = Sample(0, "key", messages, (buffer.getvalue(),))
+    tree = {
+        "output_dir": "unused",
+        "model": {"name_or_path": "unused"},
+        "data": {"train": "unused"},
+        "prompt": {"template": "internlm2", "max_image_tiles": 2},
+        "train": {"global_batch_size": 1},
+        "evaluate": {"max_image_tiles": 6},
+    }
+    config = RunConfig.model_validate(tree)
+    training, evaluation = (Prompter.for_run(processor, config, evaluation=e) for e in (False, True))
+    assert len(training.encode_training(sample).features["pixel_values"].shape) == 4
+    assert training.encode_training(sample).features["pixel_values"].shape[0] == 3
+    assert evaluation.encode_question(sample).features["pixel_values"].shape[0] == 6  # five in a row
+    assert processor.image_processor.max_patches == 12
+    text = training.tokenizer.decode(training.encode_training(sample).input_ids)
+    context = "<IMG_CONTEXT>" * 12
+    assert text == (
+        "<s><|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|><|im_start|>user\n"
+        f"<img>{context}</img>\nTotal?<|im_end|><|im_start|>assistant\n14.10<|im_end|>"
+    )
 
 
 def test_what_is_not_published_so_is_refused_by_name(moondream_folder: Path, internvl_folder: Path) -> None:
