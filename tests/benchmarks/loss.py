@@ -37,9 +37,8 @@ def main() -> None:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"{options.tokens} tokens, vocabulary {VOCABULARY:,}\n\n| logits | peak MB | seconds | loss |\n|---|---|---|---|"
-    )
+    print(f"{options.tokens} tokens, vocabulary {VOCABULARY:,}\n")
+    print("| logits | peak MB | seconds | loss |\n|---|---|---|---|")
     for side, found in rows.items():
         megabytes, seconds = (statistics.median(row[name] for row in found) for name in ("MB", "seconds"))
         print(f"| {side} | {megabytes:,.0f} | {seconds:.2f} | {found[0]['loss']:.6f} |")
