@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ranks import REPOSITORY, rank_environment
-from tiny_models import make_tiny_llama, make_tiny_llava, train_tiny_tokenizer
+from tiny_models import make_tiny_llama, make_tiny_llava
 
 from vlmdist.data.convert.corpora import question_and_answer
 from vlmdist.data.convert.instructions import (
@@ -74,44 +74,30 @@ def convert(kind: str, published: Path, out: Path) -> None:
 
 def make_model(recipe: str, folder: Path, texts: list[str]) -> Path:
     sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
-    from published_models import INTERNVL, internvl_weights, moondream_weights, write_folder
+    from published_models import (
+        INTERNVL_VOCABULARY,
+        internvl_config,
+        internvl_weights,
+        moondream_weights,
+        write_folder,
+        write_internvl_tokenizer,
+        write_moondream_tokenizer,
+    )
 
     published, out = folder / "published", folder / "model"
     if recipe == "llama3_receipts":
         return make_tiny_llama(out, texts)
     if recipe.startswith("llava"):
         return make_tiny_llava(out, texts)
-    published.mkdir()
     if recipe == "moondream_currency":
-        from transformers import PreTrainedTokenizerFast
-
-        bpe = train_tiny_tokenizer(texts).backend_tokenizer
-        end = "<|endoftext|>"
-        PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end).save_pretrained(published)
+        write_moondream_tokenizer(published, texts)
         write_folder(published, moondream_weights(600), {}, "safetensors")
         convert("moondream2", published, out)
-        return out
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(published / "tokenizer"),
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    added = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-    tokens = {340 + n: {"content": token, "special": True} for n, token in enumerate(added)}
-    (published / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": tokens, "model_max_length": 512})
-    )
-    config = {**INTERNVL, "llm_config": {**INTERNVL["llm_config"], "vocab_size": 345, "max_position_embeddings": 2048}}
-    write_folder(published, internvl_weights(345), config, "bin")
-    convert("internvl-v1-5", published, out)
+    else:
+        write_internvl_tokenizer(published, texts)
+        config = internvl_config(max_position_embeddings=2048)
+        write_folder(published, internvl_weights(INTERNVL_VOCABULARY), config, "bin")
+        convert("internvl-v1-5", published, out)
     return out
 
 

@@ -3,6 +3,7 @@ down a second time from the authors' papers and code, in plain tensor operations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,51 @@ def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     angle = torch.arange(length)[:, None] * theta ** (-torch.arange(half) / half)[None]  # [T, D / 2]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+ADDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+_PIECES = 340
+
+
+def internvl_config(**text: Any) -> dict[str, Any]:
+    """For the vocabulary of ``write_internvl_tokenizer``; ``text`` changes the decoder's part."""
+    return {**INTERNVL, "llm_config": {**INTERNVL["llm_config"], "vocab_size": INTERNVL_VOCABULARY, **text}}
+
+
+INTERNVL_VOCABULARY = _PIECES + len(ADDED_TOKENS)
+
+
+def write_internvl_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+    """As InternLM2's in kind: BPE, bytes for what it doesn't know, no space put before a text, special tokens added."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=_PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    tokens = {_PIECES + n: {"content": token, "special": True} for n, token in enumerate(ADDED_TOKENS)}
+    config = {"added_tokens_decoder": tokens, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_moondream_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+    """As CodeGen's in kind: byte-level BPE, one special token for everything."""
+    from tiny_models import train_tiny_tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = train_tiny_tokenizer(texts).backend_tokenizer
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end).save_pretrained(folder)
 
 
 def write_folder(folder: Path, weights: Weights, config: dict[str, Any], form: str) -> Path:

@@ -1,7 +1,6 @@
 """Converted models compute what the published ones do; anything that isn't the published form is refused by name."""
 
 import io
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from published_models import (
-    INTERNVL,
+    internvl_config,
     internvl_logits,
     internvl_weights,
     moondream_logits,
     moondream_weights,
     write_folder,
+    write_internvl_tokenizer,
+    write_moondream_tokenizer,
 )
-from tiny_models import train_tiny_tokenizer
 
 from vlmdist.config import RunConfig
 from vlmdist.data.prompt import Prompter
@@ -39,11 +39,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def moondream_folder(tmp_path: Path) -> Path:
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = train_tiny_tokenizer(TEXTS).backend_tokenizer
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end).save_pretrained(tmp_path / "moondream")
+    write_moondream_tokenizer(tmp_path / "moondream", TEXTS)
     return tmp_path / "moondream"
 
 
@@ -75,39 +71,10 @@ def test_moondream_pixels_are_the_published_ones(moondream_folder: Path) -> None
     torch.testing.assert_close(found, (expected - 0.5) / 0.5, atol=1e-6, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As InternLM2's in kind: BPE, bytes for what it doesn't know, no space put before a text."""
-    import sentencepiece
-
-    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS + ["The  total is RM 14.10", "Чай зелёный, 25 пак."]),
-        model_prefix=str(prefix),
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
-
-
 @pytest.fixture
-def internvl_folder(tmp_path: Path, sentencepiece_model: Path) -> Path:
-    folder = tmp_path / "internvl"
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
-    added = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-    tokens = {340 + n: {"content": token, "special": True} for n, token in enumerate(added)}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens, "model_max_length": 512}))
-    return folder
-
-
-def internvl_config(**text: Any) -> dict[str, Any]:
-    return {**INTERNVL, "llm_config": {**INTERNVL["llm_config"], "vocab_size": 345, **text}}
+def internvl_folder(tmp_path: Path) -> Path:
+    write_internvl_tokenizer(tmp_path / "internvl", [*TEXTS, "The  total is RM 14.10", "Чай зелёный, 25 пак."])
+    return tmp_path / "internvl"
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -240,10 +207,10 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_weights(folder)
 
 
-def test_the_fast_tokenizer_equals_sentencepiece(internvl_folder: Path, sentencepiece_model: Path) -> None:
+def test_the_fast_tokenizer_equals_sentencepiece(internvl_folder: Path) -> None:
     import sentencepiece
 
-    slow = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(internvl_folder / "tokenizer.model"))
     fast = load_fast_tokenizer(internvl_folder, {})
     for text in (*TEXTS[:3], "  two  spaces ", "Чай зелёный №5", "RM 14.10\n\n", "汉字 \U0001f600", "\t", "a" * 50):
         assert fast(text, add_special_tokens=False)["input_ids"] == slow.encode(text), text
