@@ -1,6 +1,7 @@
 """Loading, quantising, freezing: on real NF4, with tiny random weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,30 @@ def test_trained_weights_come_back(tiny_world: Path, tmp_path: Path) -> None:
 def test_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be loaded"):
         load_processor(ModelConfig(name_or_path=str(tmp_path / "missing")))
+
+
+def test_code_of_a_model_runs_only_where_the_run_file_says_so(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(tiny_world / "model", tmp_path / "model")
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_for_training(run_config(folder), CPU)
+    assert not (tmp_path / "ran").exists()
+    model, _ = load_for_training(run_config(folder, trust_remote_code=True), CPU)
+    assert (tmp_path / "ran").exists()
+    assert trainable_names(model)
 
 
 def test_a_processor_as_published_before_it_had_a_file_of_its_own(tmp_path: Path) -> None:
