@@ -18,12 +18,13 @@ def generate_batch(model: Any, prompter: Prompter, questions: Sequence[Encoded],
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in pad_left(questions, prompter.pad_token_id).items()}
     with torch.inference_mode(), _without_own_settings(model):
-        sequences = model.generate(**inputs, generation_config=_greedy(prompter, max_new_tokens))  # [B, T + A]
+        sequences = model.generate(**inputs, generation_config=greedy(prompter, max_new_tokens))  # [B, T + A]
     answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()  # [B, A]
     return [prompter.decode_answer(answer) for answer in answers]
 
 
-def _greedy(prompter: Prompter, max_new_tokens: int) -> Any:
+def greedy(prompter: Prompter, max_new_tokens: int) -> Any:
+    """transformers' generation settings: the likeliest token each time, up to a stop token."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vlmdist.errors import UserError
-from vlmdist.export.source import PEFT_PREFIX, Shape, Source
+from vlmdist.export.source import Shape, Source
+from vlmdist.model.adapters import PEFT_PREFIX
 
 _ADAPTER = ".default"  # peft's name for the adapter of a run, left out in files
 _LORA = (".lora_A.", ".lora_B.")

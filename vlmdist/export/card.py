@@ -14,8 +14,9 @@ from vlmdist.config import RunConfig
 from vlmdist.data.order import mixture_length
 from vlmdist.data.remote.store import redact
 from vlmdist.export.markdown import escaped, fenced, in_code, table
-from vlmdist.export.source import PEFT_PREFIX, Source
+from vlmdist.export.source import Source
 from vlmdist.export.usage import usage
+from vlmdist.model.adapters import PEFT_PREFIX
 from vlmdist.model.families import PARTS
 from vlmdist.run_folder import MANIFEST, RunFolder, read_jsonl, read_manifest
 from vlmdist.train.state import TrainState

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from safetensors import safe_open
 
-from vlmdist.config import ModelConfig
 from vlmdist.errors import UserError
 from vlmdist.export.source import Source
-from vlmdist.model.adapters import adapt
+from vlmdist.model.adapters import adapt, load_trainable
+from vlmdist.model.families import auto_model
+from vlmdist.model.load import from_pretrained
 from vlmdist.model.memory import weight_bytes
 
 MAX_SHARD_SIZE = "5GB"
@@ -54,29 +53,9 @@ def save_model(source: Source, generation: Any, folder: Path, max_shard_size: st
 
 def _trained_model(source: Source) -> Any:
     """On the CPU, in the run's dtype, without adapters."""
-    model = _load_base(source.config.model, source)
-    adapted = adapt(model, source.config.adapt, source.family)
-    parameters = dict(adapted.named_parameters())
-    for name in source.shapes:
-        # one at a time, and the file opened for each: what was read of a mapped file stays in memory until it is closed
-        with safe_open(source.weights_file, "pt") as f, torch.no_grad():
-            parameters[name].copy_(f.get_tensor(name))
+    base = from_pretrained(auto_model(source.family), source.config.model, dtype=source.dtype)
+    adapted = adapt(base, source.config.adapt, source.family)
+    load_trainable(adapted, source.weights_file)
     if not source.has_lora:
         return adapted
     return adapted.merge_and_unload()  # type: ignore[operator]
-
-
-def _load_base(config: ModelConfig, source: Source) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    loader = AutoModelForImageTextToText if source.family.sees else AutoModelForCausalLM
-    try:
-        return loader.from_pretrained(
-            config.name_or_path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=source.dtype,
-        )
-    except (OSError, ValueError, KeyError) as e:
-        reason = " ".join(str(e).split())[:500]
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} can't be loaded: {reason}") from None

@@ -6,7 +6,6 @@ reads back what it wrote, compares, and tells where that isn't shown.
 
 import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from PIL import Image
 from vlmdist.config import RunConfig
 from vlmdist.data.prompt import Prompter
 from vlmdist.errors import BadSample
-from vlmdist.model.processors import without_videos
+from vlmdist.evaluate.generate import greedy
+from vlmdist.model.processors import plain_processor
 from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 _NO_LIMIT = 1 << 30  # tokens: a probe may be longer than the run's samples
@@ -29,17 +29,9 @@ def prompter_of(processor: Any, config: RunConfig) -> Prompter:
 
 def generation_settings(prompter: Prompter, config: RunConfig) -> Any:
     """Greedy up to the run's stop tokens, as the evaluator generates."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        bos_token_id=prompter.tokenizer.bos_token_id,
-        eos_token_id=prompter.stop_token_ids,
-        pad_token_id=prompter.pad_token_id,
-    )
+    settings = greedy(prompter, config.evaluate.max_new_tokens)
+    settings.bos_token_id = prompter.tokenizer.bos_token_id
+    return settings
 
 
 def save_processor(prompter: Prompter, folder: Path) -> str | None:
@@ -75,9 +67,11 @@ def _adds_tokens(tokenizer: Any) -> bool:
 
 def _doubt(prompter: Prompter, folder: Path) -> str | None:
     """None where the written processor, used plainly, gives the prompter's tokens for probe questions."""
+    from transformers import AutoTokenizer
+
     name = type(prompter.processor).__name__
     try:
-        processor = _plain_processor(prompter, folder)
+        processor = plain_processor(folder) if prompter.has_images else AutoTokenizer.from_pretrained(folder)
         for sample in _probes(prompter.has_images):
             try:
                 expected = prompter.encode_question(sample).input_ids
@@ -96,18 +90,6 @@ def _doubt(prompter: Prompter, folder: Path) -> str | None:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         return f"{name} could not be tried where this folder was made ({reason})."
     return None
-
-
-def _plain_processor(prompter: Prompter, folder: Path) -> Any:
-    """As transformers itself loads it; without its video processor where that can't be had."""
-    import transformers
-
-    if not prompter.has_images:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    own_class = getattr(transformers, type(prompter.processor).__name__, None)
-    if own_class is not None and find_spec("torchvision") is None and "video_processor" in own_class.get_attributes():
-        return without_videos(own_class).from_pretrained(folder)
-    return transformers.AutoProcessor.from_pretrained(folder)
 
 
 def _plain(message: Message, sample: Sample, has_images: bool) -> dict[str, Any]:

@@ -13,14 +13,11 @@ from vlmdist.config import RunConfig, load_run
 from vlmdist.errors import UserError
 from vlmdist.model.adapters import adapt
 from vlmdist.model.families import Family, family_of
-from vlmdist.model.load import load_processor
+from vlmdist.model.load import load_config, load_processor
 from vlmdist.model.memory import model_on_meta
 from vlmdist.model.precision import resolve_dtype
 from vlmdist.run_folder import TRAINABLE_WEIGHTS, RunFolder, verify_manifest
 from vlmdist.train.state import differences
-
-PEFT_PREFIX = "base_model.model."
-"""What peft puts before the name of every parameter of a model with adapters."""
 
 Shape = tuple[int, ...]
 
@@ -80,7 +77,7 @@ def open_source(run_dir: Path, asked: Path | None) -> tuple[Source, list[str]]:
     if changed:
         raise UserError([f"{checkpoint}: {sentence}; export it with its own run folder" for sentence in changed])
     processor = load_processor(config.model)  # says where the base model isn't found or needs trust_remote_code
-    base_config = _base_config(config)
+    base_config = load_config(config.model)
     family = family_of(base_config)
     shapes, dtypes = _stored(checkpoint / TRAINABLE_WEIGHTS)
     # "auto" means what it meant on the run's device, which needn't be this one: its weights have the step's dtype
@@ -104,15 +101,6 @@ def _choose_checkpoint(run: RunFolder, asked: Path | None) -> tuple[Path, list[s
             f"{run.path}: holds no whole checkpoint{found}. Train first (vlmdist train), or name one with --checkpoint"
         )
     return checkpoint, [f"passed over {reason}" for reason in skipped]
-
-
-def _base_config(config: RunConfig) -> Any:
-    from transformers import AutoConfig
-
-    model = config.model
-    return AutoConfig.from_pretrained(
-        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
 
 
 def _stored(file: Path) -> tuple[dict[str, Shape], list[torch.dtype]]:

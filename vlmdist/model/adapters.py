@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from vlmdist.config import AdaptConfig
 from vlmdist.errors import UserError
 from vlmdist.model.families import PARTS, Family
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the name of every parameter of a model with adapters."""
 
 
 def adapt(model: nn.Module, config: AdaptConfig, family: Family) -> nn.Module:
@@ -64,7 +68,7 @@ def part_sizes(model: nn.Module, family: Family) -> dict[str, int]:
     """Parameters of each part of a model, adapted or not."""
     sizes = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        part = family.part_of(name.removeprefix("base_model.model."))  # peft's own prefix
+        part = family.part_of(name.removeprefix(PEFT_PREFIX))
         if part is not None:
             sizes[part] += num_elements(parameter)
     return sizes
@@ -72,11 +76,10 @@ def part_sizes(model: nn.Module, family: Family) -> dict[str, int]:
 
 def load_trainable(model: nn.Module, file: Path) -> None:
     """Put the trained weights of a checkpoint into an adapted model; UserError where the names differ."""
-    from safetensors.torch import load_file
-
-    weights = load_file(file)
+    with safe_open(file, "pt") as f:
+        names = set(f.keys())
     expected = set(trainable_names(model))
-    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    missing, unknown = sorted(expected - names), sorted(names - expected)
     if missing or unknown:
         raise UserError(
             f"{file}: does not fit the adapt section of the run file: "
@@ -84,9 +87,10 @@ def load_trainable(model: nn.Module, file: Path) -> None:
             f"{len(unknown)} are unknown (first: {unknown[:3]})"
         )
     parameters: dict[str, Any] = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
+    for name in names:
+        # one at a time, and the file opened for each: what was read of a mapped file stays in memory until it is closed
+        with safe_open(file, "pt") as f, torch.no_grad():
+            parameters[name].copy_(f.get_tensor(name))
 
 
 def _is_full(name: str, config: AdaptConfig, family: Family) -> bool:

@@ -72,6 +72,13 @@ FAMILIES = {
 }
 
 
+def auto_model(family: Family) -> Any:
+    """transformers' class that makes or loads a model of the family."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
+
+
 def family_of(transformers_config: Any) -> Family:
     """By the model's configuration."""
     usual = _USUAL if hasattr(transformers_config, "vision_config") else TEXT

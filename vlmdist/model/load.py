@@ -9,7 +9,7 @@ from torch import nn
 from vlmdist.config import ModelConfig, RunConfig
 from vlmdist.errors import UserError
 from vlmdist.model.adapters import adapt, load_trainable
-from vlmdist.model.families import PARTS, Family, family_of
+from vlmdist.model.families import PARTS, Family, auto_model, family_of
 from vlmdist.model.memory import memory_problem
 from vlmdist.model.precision import precision_problems, resolve_attention, resolve_dtype
 from vlmdist.model.processors import ImageTextProcessor
@@ -20,8 +20,8 @@ def load_processor(config: ModelConfig) -> Any:
     """The model's processor, or its tokenizer where it takes text only. UserError where it can't be had."""
     from transformers import AutoTokenizer
 
-    family = family_of(_transformers_config(config))
-    return _from_pretrained(ImageTextProcessor if family.sees else AutoTokenizer, config)
+    family = family_of(load_config(config))
+    return from_pretrained(ImageTextProcessor if family.sees else AutoTokenizer, config)
 
 
 def load_for_training(config: RunConfig, device: torch.device) -> tuple[nn.Module, Family]:
@@ -64,10 +64,8 @@ def _draw_anew(model: nn.Module, config: RunConfig, family: Family) -> None:
 
 
 def _load_base(config: ModelConfig, device: torch.device) -> tuple[Any, Family]:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     problems = precision_problems(config, device)
-    transformers_config = _transformers_config(config)
+    transformers_config = load_config(config)
     family = family_of(transformers_config)
     too_large = memory_problem(config, transformers_config, family, device)
     if problems or too_large:
@@ -81,8 +79,7 @@ def _load_base(config: ModelConfig, device: torch.device) -> tuple[Any, Family]:
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config, dtype, family)
         options["device_map"] = {"": device}
-    source = AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
-    model = _from_pretrained(source, config, **options)
+    model = from_pretrained(auto_model(family), config, **options)
     _refuse_quantized_unasked(model, config, family)
     _keep_gradients_through_4bit_on_cpu(model)
     model.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
@@ -137,15 +134,17 @@ def _keep_gradients_through_4bit_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _transformers_config(config: ModelConfig) -> Any:
+def load_config(config: ModelConfig) -> Any:
+    """transformers' configuration of the model. UserError where it can't be had."""
     from transformers import AutoConfig
 
     import vlmdist.model.moondream  # noqa: F401  # makes itself known to AutoConfig and AutoModel
 
-    return _from_pretrained(AutoConfig, config)
+    return from_pretrained(AutoConfig, config)
 
 
-def _from_pretrained(source: Any, config: ModelConfig, **options: Any) -> Any:
+def from_pretrained(source: Any, config: ModelConfig, **options: Any) -> Any:
+    """What ``source``, one of transformers' classes, loads of the run file's model. UserError where it can't."""
     try:
         return source.from_pretrained(
             config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options

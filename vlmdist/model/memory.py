@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vlmdist.config import ModelConfig
-from vlmdist.model.families import Family
+from vlmdist.model.families import Family, auto_model
 from vlmdist.model.precision import resolve_dtype
 
 # NF4 with double quantisation: 4 bits, and 8 bits a block of 64 with 32 a group of 256 blocks
@@ -31,11 +31,9 @@ def weight_bytes(model: nn.Module, config: ModelConfig, family: Family, dtype: t
 def model_on_meta(transformers_config: Any, family: Family, *, trust_remote_code: bool = False) -> nn.Module:
     """The model without memory: every weight on the meta device."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    source = AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
     with init_empty_weights():
-        model: nn.Module = source.from_config(transformers_config, trust_remote_code=trust_remote_code)
+        model: nn.Module = auto_model(family).from_config(transformers_config, trust_remote_code=trust_remote_code)
     model.tie_weights()  # type: ignore[operator]
     return model
 

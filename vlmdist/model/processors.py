@@ -13,6 +13,7 @@ import copy
 import functools
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,16 +24,19 @@ class ImageTextProcessor:
 
     @staticmethod
     def from_pretrained(source: str, **options: Any) -> Any:
-        from transformers import AutoProcessor
+        return adapted(plain_processor(source, **options))
 
-        processor_class = None
-        if importlib.util.find_spec("torchvision") is None:
-            processor_class = _class_of(source, **options)
-        if processor_class is not None and processor_class.get_attributes()[-1] == "video_processor":
-            processor = without_videos(processor_class).from_pretrained(source, **options)
-        else:
-            processor = AutoProcessor.from_pretrained(source, **options)
-        return adapted(processor)
+
+def plain_processor(source: str | os.PathLike[str], **options: Any) -> Any:
+    """As transformers itself loads it; without its video processor where that can't be had."""
+    from transformers import AutoProcessor
+
+    processor_class = None
+    if importlib.util.find_spec("torchvision") is None:
+        processor_class = _class_of(source, **options)
+    if processor_class is not None and processor_class.get_attributes()[-1] == "video_processor":
+        return without_videos(processor_class).from_pretrained(source, **options)
+    return AutoProcessor.from_pretrained(source, **options)
 
 
 def adapted(processor: Any) -> Any:
@@ -174,7 +178,7 @@ def without_videos(processor_class: Any) -> Any:
     return WithoutVideos
 
 
-def _class_of(source: str, **options: Any) -> Any:
+def _class_of(source: str | os.PathLike[str], **options: Any) -> Any:
     """The processor's class, by the name in its configuration, else by the kind of model; None where neither tells."""
     import transformers
     from transformers import AutoConfig

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vlmdist.allocator import keep_freed_memory
 from vlmdist.data.remote.cache import RemoteAccess, ShardCache
-from vlmdist.data.shards.index_rows import image_number, image_order
+from vlmdist.data.shards.index_rows import image_number, image_order, is_used_member
 from vlmdist.data.shards.places import Place, find_corpus
 from vlmdist.data.shards.reader import CachedShards, Span
 from vlmdist.errors import BadSample, UserError
@@ -47,7 +47,7 @@ class Corpus:
         self._reader = place.reader
         self._tables = tables = place.tables
         self._columns = tables.columns
-        self._is_read = np.array([_is_read(e) for e in tables.extensions], bool)
+        self._is_read = np.array([is_used_member(e) for e in tables.extensions], bool)
         # one number at a time, memoryviews are ten times as fast as arrays
         self._one = {name: tables.columns[name].data for name in _READ_COLUMNS}
         self.text_bytes: NDArray[np.int64] = tables.columns["text_bytes"]
@@ -176,7 +176,7 @@ class Corpus:
         if reason is not None:
             raise BadSample(reason)
         first, extensions = self._members(i)
-        wanted = [p for p, e in enumerate(extensions) if _is_read(e)]
+        wanted = [p for p, e in enumerate(extensions) if is_used_member(e)]
         data = dict(zip(wanted, self._read_members(i, [first + p for p in wanted]), strict=True))
         return data[extensions.index("json")], tuple([data[place] for place in image_order(extensions)])
 
@@ -233,8 +233,3 @@ class Corpus:
             return self._reader.read(shard, spans)
         (whole,) = self._reader.read(shard, [(start, stop - start)])
         return [whole[first - start : first - start + length] for first, length in spans]
-
-
-def _is_read(extension: str) -> bool:
-    """Whether samples are made of members with this extension."""
-    return extension == "json" or image_number(extension) is not None

@@ -59,7 +59,7 @@ def text_bytes_of(messages: Sequence[Message]) -> int:
 
 def is_read(place: MemberPlace) -> bool:
     """Whether samples are made of such a member, and its length is one that can be read."""
-    return _is_used(place.extension) and _length_problem(place.extension, place.length) is None
+    return is_used_member(place.extension) and _length_problem(place.extension, place.length) is None
 
 
 class IndexRows:
@@ -146,7 +146,7 @@ class IndexRows:
 
         False, and nothing done, where some of them need a closer look: empty members, and those of absurd length.
         """
-        is_used = np.array([_is_used(e) for e in samples.extensions], bool)[samples.extension]  # [M]
+        is_used = np.array([is_used_member(e) for e in samples.extensions], bool)[samples.extension]  # [M]
         lengths = samples.length[is_used]
         if len(lengths) and not 0 < lengths.min() <= lengths.max() <= MAX_RECORD_BYTES:
             return False
@@ -251,7 +251,8 @@ def _layout(extensions: tuple[str, ...]) -> tuple[int, str | None]:
     return num_images, None
 
 
-def _is_used(extension: str) -> bool:
+def is_used_member(extension: str) -> bool:
+    """Whether samples are made of members with this extension."""
     return extension == "json" or image_number(extension) is not None
 
 
