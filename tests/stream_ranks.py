@@ -15,7 +15,9 @@ from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.stream import Mixture, Step, TrainStream
 from vlmdist.run_folder import RunFolder, mend_jsonl, read_jsonl, replace_file_text
-from vlmdist.train.exchange import exchange, log_start, log_step
+from vlmdist.train.exchange import log_start, log_step, next_step
+from vlmdist.train.feed import Feed
+from vlmdist.train.signals import StopSignal
 
 
 @dataclass
@@ -111,16 +113,17 @@ class StreamRun:
         if rank == 0:
             mend_jsonl(log)
             log_start(log, self.mixture, steps_done, world_size, global_batch_size)
-        for step in stream.steps(cursor, steps_done):
-            exchanged = exchange(step.micro_batches, False)
+        feed, stop = Feed(stream.steps(cursor, steps_done)), StopSignal()
+        while (found := next_step(feed, stop, _NoSaver(), ready=lambda: None)) is not None:
+            step, exchanged = found
             if rank == 0:
-                log_step(log, step, exchanged)
+                log_step(log, step, exchanged, applied=True)
                 if step.number % self.save_steps == 0:
                     after = {"step": step.number, "epoch": step.next_cursor.epoch, "taken": step.next_cursor.taken}
                     replace_file_text(self.folder / "cursor.json", json.dumps(after))
             if self.on_step is not None:
                 self.on_step(rank, step)
-        exchange([], False)  # no rank leaves before all are done
+        feed.close()
 
     def _saved(self) -> tuple[int, Cursor]:
         try:
@@ -128,3 +131,13 @@ class StreamRun:
         except FileNotFoundError:
             return 0, Cursor()
         return saved["step"], Cursor(saved["epoch"], saved["taken"])
+
+
+class _NoSaver:
+    """There is no model, so there is nothing to save."""
+
+    def status(self) -> int:
+        return 0
+
+    def settle(self, statuses: list[int]) -> None:
+        pass

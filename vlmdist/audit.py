@@ -8,7 +8,8 @@ Reads ``steps.jsonl``, which rank 0 of the training loop writes:
 
 ``taken`` is the cursor before the step; ``count`` and ``ids`` number and digest (data/ids.py) of the samples as the
 ranks were really fed; ``bad`` those of them that couldn't be used (they keep their slot), as [corpus, number];
-``samples`` all of them, there only where they are not what the order gives.
+``samples`` all of them, there only where they are not what the order gives; ``skipped``: their loss or gradient was not
+finite, so they were taken and changed nothing.
 A start at S says that the work of later steps, if the log has any, was lost and is done again.
 """
 
@@ -95,6 +96,7 @@ def format_audit(audit: dict[str, Any]) -> str:
         f"{audit['discarded_steps']:,} lost and done again",
         f"  samples       {audit['samples_taken']:,} taken; {audit['repeated']:,} repeated, "
         f"{audit['missing']:,} missing, {audit['bad_samples']:,} bad",
+        f"  skipped       {len(audit['skipped_steps']):,} steps, whose loss or gradient was not finite",
         f"  cursor        epoch {audit['epoch']}, {audit['taken']:,} samples into it",
     ]
     for number, c in enumerate(audit["corpora"]):
@@ -306,6 +308,7 @@ def _summary(path: Path, history: _History, found: _Findings) -> dict[str, Any]:
         "repeated": found.repeated,
         "missing": found.missing,
         "bad_samples": found.bad,
+        "skipped_steps": [step["step"] for _, step in history.steps if step.get("skipped")],
         "corpora": [
             {
                 **{name: c[name] for name in ("fingerprint", "samples", "weight")},

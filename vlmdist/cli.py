@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlmdist import __version__
-from vlmdist.errors import RunFailed, StopRequested, UserError
+from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
+from vlmdist.processes import kill_children
 
 _LATER = {
     "check": "preflight a run file on a login node: memory, template, shards, wheel against GPU, Slurm request",
@@ -34,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone away (`| head`) is no mistake
         return code
     except UserError as e:
-        _say([f"error: {p}" for p in e.problems])
+        _say([f"error: {p}" for p in e.problems], every_rank=e.from_one_rank)
         return e.exit_code
     except RunFailed as e:
-        _say([f"failed: {e}"], every_rank=True)
+        _say([f"failed: {e}"], every_rank=e.from_one_rank)
         return e.exit_code
     except StopRequested as e:
         _say([str(e)])
+        return e.exit_code
+    except OtherRankFailed as e:
         return e.exit_code
     except OSError as e:
         if e.errno == errno.EPIPE:  # `vlmdist inspect ... | head`
@@ -61,7 +64,8 @@ def run_and_exit() -> NoReturn:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        atexit._run_exitfuncs()  # loader workers and whatever else registered
+        kill_children()  # loader workers: torch would wait for one that hangs
+        atexit._run_exitfuncs()
         os._exit(code)
     sys.exit(code)
 
@@ -141,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_file", metavar="RUN.yaml")
     which = sub.add_mutually_exclusive_group()
     which.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)"
+        "--checkpoint", metavar="best|latest|DIR", help="a checkpoint folder (default: the run's newest whole one)"
     )
     which.add_argument("--base", action="store_true", help="the model before training")
     sub.add_argument("--few-shot", type=int, default=0, metavar="N", help="worked examples in the prompt")
@@ -167,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     sub.add_argument("--merge", action="store_true", help="the whole model, adapters merged into 16 or 32 bit")
     sub.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the run's newest whole one)"
+        "--checkpoint", metavar="best|latest|DIR", help="a checkpoint folder (default: the run's newest whole one)"
     )
     sub.add_argument("--push-to-hub", metavar="REPO", help="then upload it; the login is HF_TOKEN or `hf auth login`")
     sub.add_argument("--private", action="store_true", help="only where the repository is private")
@@ -235,15 +239,18 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.distributed import adopt_slurm_environment
-    from vlmdist.train.signals import StopSignal
+    from vlmdist.train.signals import StoppedAtStart, StopSignal
 
-    with StopSignal() as stop:  # from the first moment: the imports alone take seconds
-        adopt_slurm_environment()
-        config = load_run(arguments.run_file, overrides)
-        _quiet_libraries()
-        from vlmdist.train.loop import train
+    try:
+        with StopSignal() as stop:  # from the first moment: the imports alone take seconds
+            adopt_slurm_environment()
+            config = load_run(arguments.run_file, overrides)
+            _quiet_libraries()
+            from vlmdist.train.loop import train
 
-        train(config, stop)
+            train(config, stop)
+    except StoppedAtStart:
+        raise StopRequested("asked to stop before the first step: nothing to save; run again to begin") from None
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:

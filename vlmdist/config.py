@@ -70,6 +70,10 @@ class AdaptConfig(_Section):
     """The decoder, without its output head."""
     head: Part = "frozen"
     """The output projection onto the vocabulary."""
+    init_from: PathText | None = None
+    """Trained weights that a new run begins with: a checkpoint, a run folder (its newest whole checkpoint; or its
+    checkpoints/best), or the adapter folder of ``vlmdist export`` or peft. All else begins anew. Weights of a part that
+    is frozen here stay as they are, and go into every checkpoint. A run with a checkpoint goes on from that instead."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
@@ -169,9 +173,28 @@ class TrainConfig(_Section):
     save_steps: int = Field(500, ge=1)
     """Steps between checkpoints (also at the end)."""
     save_total_limit: int = Field(2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept; the best one is kept beside them."""
+    metric_for_best_model: str | None = None
+    """Name of a figure measured in validation (validation_loss). A checkpoint is saved whenever it is better than ever,
+    and that one is kept; checkpoints/best names it."""
+    greater_is_better: bool | None = None
+    """Of metric_for_best_model; null: true unless its name has "loss" in it."""
     max_nonfinite_steps: int = Field(5, ge=1)
     """Steps in a row with a NaN or infinite loss or gradient (each is skipped and counted) that end the run."""
+    stop_margin_s: float = Field(60, ge=0)
+    """Seconds that must be left of a Slurm allocation (SLURM_JOB_END_TIME), beside the longest step and save so far;
+    then the run saves and ends with exit code 85."""
+    hang_floor_s: float = Field(300, gt=0)
+    """A rank that makes no progress for ten times the longest wait of the run so far, and for no less than these
+    seconds, is named and ends the run."""
+    start_limit_s: float = Field(1800, gt=0)
+    """The same before the first step is done: longest time for loading a model, building kernels, the first step."""
+
+    @property
+    def best_is_greater(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return "loss" not in (self.metric_for_best_model or "")
 
 
 class EvaluateConfig(_Section):

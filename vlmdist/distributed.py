@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from vlmdist.errors import UserError
+from vlmdist.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,14 @@ def init_world(threads_per_rank: int) -> World:
         device = torch.device("cpu")
         backend = "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        except dist.DistError as e:
+            raise RunFailed(
+                f"rank {rank} of {size} could not join the others at {os.environ['MASTER_ADDR']} port "
+                f"{os.environ['MASTER_PORT']} ({str(e).splitlines()[0]}). Have all ranks started, and can this machine "
+                "reach that address? MASTER_ADDR and MASTER_PORT choose another"
+            ) from None
     return World(rank, size, local_rank, device)
 
 

@@ -15,6 +15,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    from_one_rank = False
+    """Not what all ranks find in the same input: the rank that raises it must say it, whichever it is."""
+
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
@@ -24,12 +27,21 @@ class RunFailed(Exception):
     """The run could not go on although its input was well-formed (bad-sample budget spent, NaN, disk full)."""
 
     exit_code = 1
+    from_one_rank = True
 
 
 class StopRequested(Exception):
     """A signal or the end of the allocation asked the run to stop; its checkpoint is written."""
 
     exit_code = 85
+
+
+class OtherRankFailed(Exception):
+    """Another rank failed first and has said why: this one ends without a word, with the same exit code."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(f"another rank ended with exit code {exit_code}")
 
 
 class BadSample(Exception):

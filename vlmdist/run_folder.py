@@ -8,6 +8,7 @@ steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` r
 bad_samples.jsonl     samples left out: shard, key, why
 tensorboard/
 checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
+hangs/TIME/           stacks of every rank, where one was late
 eval/NAME/            predictions.jsonl, scores.json
 report.html
 """
@@ -16,9 +17,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmdist.errors import UserError
@@ -83,8 +85,16 @@ class RunFolder:
         return self.checkpoints_dir / "latest"
 
     @property
+    def best_file(self) -> Path:
+        return self.checkpoints_dir / "best"
+
+    @property
     def eval_dir(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def hangs_dir(self) -> Path:
+        return self.path / "hangs"
 
     @property
     def report_file(self) -> Path:
@@ -114,18 +124,34 @@ class RunFolder:
         return None, skipped
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write manifest.json: ``facts`` and the size and SHA-256 of every file in the folder. Everything is fsynced."""
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        digest = _sha256(file)
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of one file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, FileFacts] | None = None) -> None:
+    """Write and sync manifest.json: ``facts``, and size and SHA-256 of every file by its path in the folder.
+
+    files: as they were written; None: those in the folder are read for it.
+    """
+    files = _facts_of_files(folder) if files is None else files
+    listed = {name: {"bytes": f.num_bytes, "sha256": f.sha256} for name, f in sorted(files.items())}
     with open(folder / MANIFEST, "w", encoding="utf-8") as f:
-        json.dump({**facts, "files": files}, f, indent=1)
+        json.dump({**facts, "files": listed}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created or renamed in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -134,23 +160,92 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path) -> str | None:
-    """None where every file of the manifest is there with its size and checksum, else what is wrong."""
+    """None where the folder holds the files of its manifest, whole, and no others; else what is wrong.
+
+    Nothing is unpickled. Hidden files beside them don't matter (NFS, copying programs and desktops leave some): what
+    loads a checkpoint opens files by name or by a pattern that no hidden name fits. Files in hidden folders do matter.
+    """
     try:
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in read_manifest(folder)["files"].items()}
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"{MANIFEST} can't be read ({type(e).__name__})"
-    for name, (num_bytes, sha256) in files.items():
-        file = folder / name
-        try:
-            if file.stat().st_size != num_bytes:
-                return f"{name} has {file.stat().st_size} bytes instead of {num_bytes}"
-            if _sha256(file) != sha256:
+    if TRAINABLE_WEIGHTS not in files:
+        return f"{MANIFEST} lists no {TRAINABLE_WEIGHTS}"
+    odd = next((name for name in files if not _is_plain_path(name)), None)
+    if odd is not None:
+        return f"{MANIFEST} lists {odd!r}, which is no plain path inside the folder"
+    foreign = next((name for name in _names_in(folder) if name not in files and name != MANIFEST), None)
+    if foreign is not None:
+        return f"holds {foreign}, which {MANIFEST} doesn't list; what doesn't belong to the checkpoint must go"
+    inside = folder.resolve()
+    try:
+        for name, (num_bytes, _) in files.items():  # before any is read: a copy that was cut shows at once
+            file = folder / name
+            facts = file.stat()
+            if not file.resolve().is_relative_to(inside):
+                return f"{name} is a link out of the folder"
+            if not stat.S_ISREG(facts.st_mode):
+                return f"{name} is no regular file"
+            if facts.st_size != num_bytes:
+                return f"{name} has {facts.st_size} bytes instead of {num_bytes}"
+        for name, (_, sha256) in files.items():
+            if _sha256(folder / name) != sha256:
                 return f"{name} is changed (its checksum differs)"
-        except OSError as e:
-            return f"{name}: {e.strerror or e}"
+    except (OSError, ValueError) as e:  # ValueError: a name that no file system can have
+        return f"{name}: {getattr(e, 'strerror', None) or e}"
     return None
+
+
+def choose_checkpoint(run: RunFolder, asked: str | os.PathLike[str] | None) -> tuple[Path, list[str]]:
+    """A checkpoint that verifies, and why newer ones were passed over.
+
+    asked: None for the run's newest whole one, "latest" or "best" for the one that the run points at by this name, else
+    a checkpoint folder. Raises UserError where there is none, or where the one asked for doesn't verify.
+    """
+    if asked is None:
+        newest, skipped = run.newest_whole_checkpoint()
+        if newest is None:
+            found = f"; passed over: {'; '.join(skipped)}" if skipped else ""
+            raise UserError(f"{run.path}: holds no whole checkpoint{found}. Train first, or name a checkpoint folder")
+        return newest, [f"passed over {reason}" for reason in skipped]
+    pointers = {"latest": run.latest_file, "best": run.best_file}
+    pointer = pointers.get(os.fspath(asked))
+    folder = Path(asked) if pointer is None else _pointed_at(run, pointer)
+    problem = verify_manifest(folder) if folder.is_dir() else "no such folder"
+    if problem:
+        raise UserError(f"{folder}: is no whole checkpoint: {problem}")
+    return folder, []
+
+
+def _pointed_at(run: RunFolder, pointer: Path) -> Path:
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        there = ", ".join(p.name for p in run.checkpoints()) or "none"
+        when = "; it is kept where train.metric_for_best_model is set" if pointer == run.best_file else ""
+        raise UserError(f"{pointer}: is not there{when}. Checkpoints of this run: {there}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{pointer}: can't be read: {getattr(e, 'strerror', None) or 'no text'}") from None
+    found = next((p for p in run.checkpoints() if p.name == name), None)
+    if found is None:
+        raise UserError(f"{pointer}: names {name[:80]!r}, which is no checkpoint of this run; name a checkpoint folder")
+    return found
+
+
+def _is_plain_path(name: str) -> bool:
+    path = PurePosixPath(name)
+    return str(path) == name and not path.is_absolute() and path.name not in ("", MANIFEST) and ".." not in path.parts
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Files and links below the folder, hidden ones left out, by their paths there."""
+    for parent, folders, files in os.walk(folder):
+        links = [n for n in folders if os.path.islink(os.path.join(parent, n))]  # not walked into
+        for name in [*files, *links]:
+            if not name.startswith("."):
+                yield Path(parent, name).relative_to(folder).as_posix()
 
 
 def replace_file_text(path: Path, text: str) -> None:
@@ -198,6 +293,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     return
                 raise UserError(f"{path}: line {number} is not JSON") from None
             yield row
+
+
+def _facts_of_files(folder: Path) -> dict[str, FileFacts]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): FileFacts(p.stat().st_size, _sha256(p)) for p in found}
 
 
 def _sha256(file: Path) -> str:

@@ -226,6 +226,7 @@ def _write_checkpoint(config, folder, scale):
     import torch
     from safetensors.torch import save_file
 
+    from vlmdist.config import dump_run
     from vlmdist.model.adapters import trainable_names
     from vlmdist.model.load import load_for_training
     from vlmdist.run_folder import TRAINABLE_WEIGHTS, write_manifest
@@ -236,6 +237,7 @@ def _write_checkpoint(config, folder, scale):
     weights = {n: scale * torch.randn_like(p) for n, p in model.named_parameters() if n in names}
     folder.mkdir(parents=True)
     save_file(weights, folder / TRAINABLE_WEIGHTS)
+    (folder / "run.yaml").write_text(dump_run(config), encoding="utf-8")
     write_manifest(folder, {})
 
 
@@ -260,5 +262,22 @@ def test_the_newest_whole_checkpoint_is_evaluated(run_file, capsys):
     capsys.readouterr()
     assert evaluate_run(config)["folder"].endswith("eval/step-000010")
     assert "passed over step-000020" in capsys.readouterr().err
-    with pytest.raises(UserError, match="can't be evaluated as a checkpoint"):
+    with pytest.raises(UserError, match="step-000020: is no whole checkpoint"):
         evaluate_run(config, checkpoint=checkpoints / "step-000020")
+
+
+def test_the_best_checkpoint_is_evaluated_by_that_name(run_file):
+    config = load_run(run_file)
+    checkpoints = run_file.parent / "run" / "checkpoints"
+    for step in (10, 20):
+        _write_checkpoint(config, checkpoints / f"step-0000{step}", scale=0.3)
+    (checkpoints / "best").write_text("step-000010\n")
+    done = run_vlmdist(1, "evaluate", run_file, "--checkpoint", "best", "--json", "evaluate.max_samples=2")
+    assert json.loads(done.stdout.splitlines()[-1])["folder"].endswith("eval/step-000010")
+
+
+def test_adapters_that_would_mean_something_else_are_refused(run_file):
+    _write_checkpoint(load_run(run_file), run_file.parent / "run" / "checkpoints" / "step-000010", scale=0.3)
+    with pytest.raises(UserError, match=r"made with another adapt section \(lora differ\)"):
+        evaluate_run(load_run(run_file, ["adapt.lora.alpha=64"]))
+    evaluate_run(load_run(run_file, ["adapt.lora.dropout=0.5", "evaluate.max_samples=2"]))

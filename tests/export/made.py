@@ -66,7 +66,7 @@ def make_run(config: RunConfig, scale: float = 0.05) -> Path:
     checkpoint.mkdir(parents=True)
     save_file(weights, checkpoint / TRAINABLE_WEIGHTS)
     state = TrainState(step=3, global_batch_size=8, tokens=1234)
-    (checkpoint / STATE_FILE).write_text(json.dumps(state.to_json()), encoding="utf-8")
+    (checkpoint / STATE_FILE).write_text(state.as_text(), encoding="utf-8")
     for folder in (checkpoint, run.path):
         (folder / "run.yaml").write_text(dump_run(config), encoding="utf-8")
     write_manifest(checkpoint, {"step": 3, "world_size": 1, "corpora": [FINGERPRINT]})

@@ -59,7 +59,8 @@ def refused(run_dir: Path, says: str, **options: object) -> None:
 
 def test_where_there_is_no_checkpoint(run_dir: Path) -> None:
     refused(run_dir.parent / "nowhere", "no such run folder")
-    refused(run_dir, "can't be exported: no such folder", checkpoint=run_dir / "checkpoints" / "step-000009")
+    refused(run_dir, "best: is not there", checkpoint="best")
+    refused(run_dir, "is no whole checkpoint: no such folder", checkpoint=run_dir / "checkpoints" / "step-000009")
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
     refused(run_dir, "holds no whole checkpoint. Train first")
 
@@ -70,7 +71,7 @@ def test_a_damaged_checkpoint(run_dir: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     refused(run_dir, f"passed over: step-000003: {TRAINABLE_WEIGHTS} is changed")
-    refused(run_dir, f"can't be exported: {TRAINABLE_WEIGHTS} is changed", checkpoint=file.parent)
+    refused(run_dir, f"is no whole checkpoint: {TRAINABLE_WEIGHTS} is changed", checkpoint=file.parent)
 
 
 def test_a_checkpoint_of_other_settings(run_dir: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_checkpoint_of_other_settings(run_dir: Path) -> None:
     tree = yaml.safe_load((run_dir / "run.yaml").read_text())
     tree["adapt"]["lora"]["alpha"] = 16
     (run_dir / "run.yaml").write_text(yaml.safe_dump(tree))
-    refused(run_dir, "adapt: the checkpoint was made with")
+    refused(run_dir, "adapt.lora.alpha: the checkpoint was made with 8.0, the run file now says 16.0")
 
 
 def test_weights_that_the_adapt_section_does_not_train(run_dir: Path) -> None:

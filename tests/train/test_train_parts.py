@@ -154,7 +154,7 @@ def test_changed_settings_and_data_are_refused_on_resume(tiny_world: Path, tmp_p
     run_vlmdist(1, "train", file)
     done = run_vlmdist(1, "train", file, "seed=8", "adapt.lora.r=8", "train.max_steps=4", expect=2)
     assert "seed: the checkpoint was made with 7" in done.stderr
-    assert "adapt: the checkpoint was made with" in done.stderr
+    assert "adapt.lora.r: the checkpoint was made with 4" in done.stderr
     write_lines(tmp_path / "other", 20, seed=5)
     done = run_vlmdist(1, "train", file, f"data.train={tmp_path / 'other'}", "train.max_steps=4", expect=2)
     assert "was made on other data" in done.stderr

@@ -26,6 +26,7 @@ from vlmdist.data.plan import StepPlan, plan_step
 from vlmdist.data.prompt import Encoded, Prompter
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, RunFailed, UserError
+from vlmdist.processes import die_with_parent
 
 Rows = tuple[tuple[int, int], ...]  # (corpus, sample) of the rows of one micro-batch of this rank
 
@@ -137,7 +138,7 @@ class TrainStream:
             sampler=_Tasks(self, cursor, steps_done, planned),
             num_workers=self.num_workers,
             prefetch_factor=_PREFETCHED if self.num_workers else None,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
         micro_batches = iter(loader)
@@ -159,6 +160,11 @@ class TrainStream:
             tasks = [tuple((int(c), int(s)) for c, s in due[list(positions)]) for positions in rows]
             yield _Plan(number, cursor, following, due, tasks)
             cursor = following
+
+    def keys_due(self, cursor: Cursor, steps_done: int) -> list[str]:
+        """Keys of what this rank takes in the step after ``steps_done``; for messages, it plans anew."""
+        plan = next(self.plans(cursor, steps_done), None)
+        return [] if plan is None else [self.mixture.corpora[c].key(s) for rows in plan.tasks for c, s in rows]
 
     def _cut(self, due: np.ndarray) -> StepPlan:
         work, tokens = np.empty(len(due), np.int64), np.empty(len(due), np.int64)
@@ -262,7 +268,7 @@ def validation_batches(
     tasks = [_Task(mine, ahead) for mine, ahead in zip(rows, [*rows[1:], ()], strict=True)] if rows else []
     dataset = _MicroBatches([corpus], prompter, needs_image=False)
     yield from DataLoader(
-        dataset, batch_size=None, sampler=tasks, num_workers=min(num_workers, 1), worker_init_fn=_ignore_signals
+        dataset, batch_size=None, sampler=tasks, num_workers=min(num_workers, 1), worker_init_fn=_start_worker
     )
 
 
@@ -282,7 +288,8 @@ def _out_of_loss(encoded: Encoded) -> Encoded:
     return Encoded(encoded.input_ids, [False] * len(encoded.input_ids), encoded.per_token, encoded.features)
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    die_with_parent()
     # the training loop alone decides when to stop; a worker that dies of the signal would take the batch with it
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

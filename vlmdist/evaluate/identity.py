@@ -1,35 +1,34 @@
 """What an evaluation is of: which weights, on which corpus, with which settings. Part files count only for the same."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
-from vlmdist.config import RunConfig
+from vlmdist.config import RunConfig, load_run
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import UserError
-from vlmdist.run_folder import MANIFEST, RunFolder, verify_manifest
+from vlmdist.run_folder import MANIFEST, RunFolder
+from vlmdist.run_folder import choose_checkpoint as choose_of_run
+
+_NO_MATTER_TO_ANSWERS = {"init_from": True, "lora": {"dropout"}}
+"""Of the adapt section: how the weights came to be, which a checkpoint's own manifest stands for."""
 
 
-def choose_checkpoint(config: RunConfig, asked: Path | None, base: bool) -> tuple[Path | None, list[str]]:
-    """The checkpoint to evaluate (None: the base model) and what the user should know about the choice."""
+def choose_checkpoint(
+    config: RunConfig, asked: str | os.PathLike[str] | None, base: bool
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to evaluate (None: the base model) and what the user should know about the choice.
+
+    asked: "best", "latest" or a checkpoint folder; None: the run's newest whole one.
+    """
     if base and asked is not None:
         raise UserError("give either --base or --checkpoint, not both")
     if base:
         return None, []
-    if asked is not None:
-        problem = verify_manifest(asked) if asked.is_dir() else "no such folder"
-        if problem:
-            raise UserError(f"{asked}: can't be evaluated as a checkpoint: {problem}")
-        return asked, []
-    run = RunFolder(Path(config.output_dir))
-    checkpoint, skipped = run.newest_whole_checkpoint()
-    if checkpoint is None:
-        found = f"; passed over: {'; '.join(skipped)}" if skipped else ""
-        raise UserError(
-            f"{run.path}: holds no whole checkpoint{found}. Train first (vlmdist train), name one with --checkpoint, "
-            "or evaluate the model as it comes with --base"
-        )
-    return checkpoint, [f"passed over {reason}" for reason in skipped]
+    checkpoint, notes = choose_of_run(RunFolder(Path(config.output_dir)), asked)
+    _refuse_other_adapters(config, checkpoint)
+    return checkpoint, notes
 
 
 def choose_corpus(config: RunConfig, split: str) -> str:
@@ -74,9 +73,24 @@ def identity_of(
     }
 
 
+def _refuse_other_adapters(config: RunConfig, checkpoint: Path) -> None:
+    """Under another alpha, say, the weights would load and give answers that nobody trained."""
+    made, now = _adapters_of(load_run(checkpoint)), _adapters_of(config)
+    changed = [name for name in now if made[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"{checkpoint}: was made with another adapt section ({', '.join(changed)} differ); evaluate it with the "
+            "run.yaml of its own run folder"
+        )
+
+
+def _adapters_of(config: RunConfig) -> dict[str, Any]:
+    return config.adapt.model_dump(exclude=_NO_MATTER_TO_ANSWERS)  # type: ignore[arg-type]
+
+
 def _checkpoint_of(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     manifest = (checkpoint / MANIFEST).read_bytes()
-    return {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "adapt": config.adapt.model_dump()}
+    return {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "adapt": _adapters_of(config)}
 
 
 def _files_digest(folder: Path) -> str | None:

@@ -53,7 +53,7 @@ class _Job:
 def evaluate_run(
     config: RunConfig,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     base: bool = False,
     name: str | None = None,
     few_shot: int = 0,
@@ -86,7 +86,9 @@ def evaluate_run(
     return {**scores, "folder": str(job.folder), "num_generated": num_generated}
 
 
-def _decide(config: RunConfig, ranks: Ranks, asked: Path | None, base: bool, name: str | None, split: str) -> _Job:
+def _decide(
+    config: RunConfig, ranks: Ranks, asked: str | Path | None, base: bool, name: str | None, split: str
+) -> _Job:
     """(rank 0)"""
     metric_by_name(config.evaluate.metric)
     checkpoint, notes = choose_checkpoint(config, asked, base)

@@ -60,10 +60,14 @@ def adapter_config(source: Source) -> Any:
 
 
 def _trained_in_full(source: Source) -> list[str]:
-    """Names in the base model of trained weights that are neither LoRA's nor biases that trained beside it."""
+    """Names in the base model of trained weights that are neither LoRA's nor biases that trained beside it.
+
+    Weights of a frozen part are those of an earlier run (adapt.init_from).
+    """
     names = [n.removeprefix(PEFT_PREFIX) for n in source.shapes if not any(part in n for part in _LORA)]
     parts = source.config.adapt.model_dump()
-    return [n for n in names if parts.get(source.family.part_of(n) or "") == "full"]
+    own = ("full", "frozen") if source.config.adapt.lora.bias == "none" else ("full",)
+    return [n for n in names if parts.get(source.family.part_of(n) or "") in own]
 
 
 def _outermost(modules: set[str]) -> list[str]:

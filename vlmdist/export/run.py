@@ -29,7 +29,7 @@ def export_run(
     out: Path,
     *,
     merge: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> dict[str, Any]:

@@ -6,20 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from vlmdist.config import RunConfig, load_run
 from vlmdist.errors import UserError
-from vlmdist.model.adapters import adapt
+from vlmdist.model.adapters import Shape, adapt, stored_weights
 from vlmdist.model.families import Family, family_of
 from vlmdist.model.load import load_config, load_processor
 from vlmdist.model.memory import model_on_meta
 from vlmdist.model.precision import resolve_dtype
-from vlmdist.run_folder import TRAINABLE_WEIGHTS, RunFolder, verify_manifest
-from vlmdist.train.state import differences
-
-Shape = tuple[int, ...]
+from vlmdist.run_folder import TRAINABLE_WEIGHTS, RunFolder, choose_checkpoint
+from vlmdist.train.changes import changes_since
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Source:
     processor: Any
     """The base model's processor, or its tokenizer where it takes text only."""
     shapes: dict[str, Shape]
-    """Of the trained weights, by the names of the checkpoint."""
+    """Of the weights that the checkpoint holds, by their names there: trained, or inherited and frozen."""
     dtype: torch.dtype
     """Of the run's step."""
 
@@ -64,64 +61,41 @@ class Source:
         return type(self.base_config).__module__.startswith("vlmdist.")
 
 
-def open_source(run_dir: Path, asked: Path | None) -> tuple[Source, list[str]]:
+def open_source(run_dir: Path, asked: str | os.PathLike[str] | None) -> tuple[Source, list[str]]:
     """The source and what the user should know about the choice.
 
-    asked: a checkpoint folder; None: the newest whole one. Raises UserError where the checkpoint is damaged or belongs
-    to other settings, or where the base model isn't found.
+    asked: "best", "latest" or a checkpoint folder; None: the newest whole one. Raises UserError where the checkpoint is
+    damaged or belongs to other settings, or where the base model isn't found.
     """
     run = RunFolder.existing(run_dir)
     config = load_run(run.path)
-    checkpoint, notes = _choose_checkpoint(run, asked)
-    changed = differences(load_run(checkpoint), config)
+    checkpoint, notes = choose_checkpoint(run, asked)
+    changed = changes_since(checkpoint, config).refused
     if changed:
         raise UserError([f"{checkpoint}: {sentence}; export it with its own run folder" for sentence in changed])
     processor = load_processor(config.model)  # says where the base model isn't found or needs trust_remote_code
     base_config = load_config(config.model)
     family = family_of(base_config)
-    shapes, dtypes = _stored(checkpoint / TRAINABLE_WEIGHTS)
+    stored = stored_weights(checkpoint / TRAINABLE_WEIGHTS)
+    shapes = {name: shape for name, (shape, _) in stored.items()}
     # "auto" means what it meant on the run's device, which needn't be this one: its weights have the step's dtype
     asks = config.model.precision
-    dtype = dtypes[0] if asks == "auto" else resolve_dtype(asks, torch.device("cpu"))
+    of_step = next((dtype for _, dtype in stored.values() if dtype is not None), None)
+    dtype = of_step if asks == "auto" and of_step is not None else resolve_dtype(asks, torch.device("cpu"))
     source = Source(run, config, checkpoint, base_config, family, processor, shapes, dtype)
     _refuse_other_weights(source)
     return source, notes
 
 
-def _choose_checkpoint(run: RunFolder, asked: Path | None) -> tuple[Path, list[str]]:
-    if asked is not None:
-        problem = verify_manifest(asked) if asked.is_dir() else "no such folder"
-        if problem:
-            raise UserError(f"--checkpoint {asked}: can't be exported: {problem}")
-        return asked, []
-    checkpoint, skipped = run.newest_whole_checkpoint()
-    if checkpoint is None:
-        found = f"; passed over: {'; '.join(skipped)}" if skipped else ""
-        raise UserError(
-            f"{run.path}: holds no whole checkpoint{found}. Train first (vlmdist train), or name one with --checkpoint"
-        )
-    return checkpoint, [f"passed over {reason}" for reason in skipped]
-
-
-def _stored(file: Path) -> tuple[dict[str, Shape], list[torch.dtype]]:
-    """Shape and dtype of every weight of a safetensors file, from its header alone."""
-    with safe_open(file, "pt") as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 - no mapping
-        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        dtypes = [_DTYPES[s.get_dtype()] for s in slices.values()]
-    return shapes, dtypes
-
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
 def _refuse_other_weights(source: Source) -> None:
-    """The adapt section must train just the weights of the checkpoint; shown on a model without memory."""
+    """The adapt section must train the weights of the checkpoint, inherited ones apart; shown without memory."""
     model = adapt(source.model_without_memory(), source.config.adapt, source.family)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    known = parameters.keys() if source.config.adapt.init_from else trained
     found = source.shapes
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    other_shape = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+    missing, unknown = sorted(trained - found.keys()), sorted(found.keys() - known)
+    other_shape = sorted(n for n in known & found.keys() if tuple(parameters[n].shape) != found[n])
     if missing or unknown or other_shape:
         raise UserError(
             f"{source.checkpoint}: its weights are not those that the adapt section of the run file trains: "

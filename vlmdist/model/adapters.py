@@ -4,8 +4,8 @@ LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,10 @@ from vlmdist.model.families import PARTS, Family
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the name of every parameter of a model with adapters."""
+
+Shape = tuple[int, ...]
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def adapt(model: nn.Module, config: AdaptConfig, family: Family) -> nn.Module:
@@ -53,6 +57,16 @@ def trainable_names(model: nn.Module) -> list[str]:
     return [n for n, p in model.named_parameters() if p.requires_grad]
 
 
+def mark_inherited(parameter: torch.Tensor) -> None:
+    """Note that a frozen weight is not the base model's: ``adapt.init_from`` put it there."""
+    parameter.inherited = True  # type: ignore[attr-defined]
+
+
+def kept_names(model: nn.Module) -> list[str]:
+    """Names of the weights that a checkpoint must hold: those that train, and the inherited ones."""
+    return [n for n, p in model.named_parameters() if p.requires_grad or getattr(p, "inherited", False)]
+
+
 def trains_vision(config: AdaptConfig, family: Family) -> bool:
     """Whether a gradient must reach the vision tower or the projector."""
     return family.sees and (config.vision_tower != "frozen" or config.projector != "frozen")
@@ -74,23 +88,35 @@ def part_sizes(model: nn.Module, family: Family) -> dict[str, int]:
     return sizes
 
 
-def load_trainable(model: nn.Module, file: Path) -> None:
-    """Put the trained weights of a checkpoint into an adapted model; UserError where the names differ."""
+def stored_weights(file: Path) -> dict[str, tuple[Shape, torch.dtype | None]]:
+    """Shape and dtype of every weight of a safetensors file, from its header alone; dtype None: no floating point."""
     with safe_open(file, "pt") as f:
-        names = set(f.keys())
-    expected = set(trainable_names(model))
-    missing, unknown = sorted(expected - names), sorted(names - expected)
-    if missing or unknown:
+        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 - no mapping
+        return {name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for name, s in slices.items()}
+
+
+def load_trainable(model: nn.Module, file: Path) -> None:
+    """Put the weights of a checkpoint, trained or inherited, into an adapted model; UserError where they don't fit."""
+    stored = {name: shape for name, (shape, _) in stored_weights(file).items()}
+    parameters = dict(model.named_parameters())
+    missing, unknown = sorted(set(trainable_names(model)) - stored.keys()), sorted(stored.keys() - parameters.keys())
+    other_shape = sorted(n for n in stored.keys() & parameters.keys() if stored[n] != parameters[n].shape)
+    if missing or unknown or other_shape:
         raise UserError(
             f"{file}: does not fit the adapt section of the run file: "
             f"{len(missing)} weights are missing (first: {missing[:3]}), "
-            f"{len(unknown)} are unknown (first: {unknown[:3]})"
+            f"{len(unknown)} are unknown (first: {unknown[:3]}), "
+            f"{len(other_shape)} have another shape (first: {other_shape[:3]})"
         )
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    for name in names:
+    copy_weights(file, {name: parameters[name] for name in stored})
+
+
+def copy_weights(file: Path, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights of a safetensors file, by their names there, into tensors of any dtype on any device."""
+    for name, target in targets.items():
         # one at a time, and the file opened for each: what was read of a mapped file stays in memory until it is closed
         with safe_open(file, "pt") as f, torch.no_grad():
-            parameters[name].copy_(f.get_tensor(name))
+            target.copy_(f.get_tensor(name))
 
 
 def _is_full(name: str, config: AdaptConfig, family: Family) -> bool:

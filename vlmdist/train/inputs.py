@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlmdist.config import RunConfig, load_run
+from vlmdist.config import RunConfig
 from vlmdist.data.remote.cache import RemoteAccess
 from vlmdist.data.shards.cache_need import refuse_thrashing
 from vlmdist.data.shards.corpus import Corpus
@@ -19,10 +19,13 @@ from vlmdist.distributed import World, gather_objects
 from vlmdist.errors import UserError
 from vlmdist.model.precision import precision_problems, resolve_dtype
 from vlmdist.run_folder import RunFolder, mend_jsonl
-from vlmdist.train.checkpoint import newest_checkpoint, refuse_other_data
+from vlmdist.train.changes import changes_since
+from vlmdist.train.checkpoint.folder import keep, tidy
+from vlmdist.train.checkpoint.load import newest_checkpoint, other_data
 from vlmdist.train.ds_config import load_ds_config
+from vlmdist.train.init_from import InitSource, find_init_source
 from vlmdist.train.metrics import log
-from vlmdist.train.state import TrainState, differences
+from vlmdist.train.state import TrainState
 
 _SECONDS_FOR_ANOTHER_RUN_TO_END = 10  # a killed run's processes may still be going
 _HELD_LOCKS: list[TextIO] = []
@@ -40,6 +43,8 @@ class Inputs:
     state: TrainState
     """Where the run is: the checkpoint's, or the beginning."""
     total_steps: int
+    init_source: InitSource | None
+    """Trained weights of another run to begin with; None where the run goes on from its own checkpoint."""
 
 
 def open_run_folder(config: RunConfig, world: World) -> RunFolder:
@@ -50,6 +55,7 @@ def open_run_folder(config: RunConfig, world: World) -> RunFolder:
         try:
             run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
             _lock(run)
+            tidy(run)
             for file in (run.log_file, run.steps_file, run.bad_samples_file):
                 mend_jsonl(file)
                 with open(file, "a", encoding="utf-8"):
@@ -74,11 +80,15 @@ def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
     if checkpoint is not None:
         _refuse_other_run(checkpoint, config, [c.fingerprint for c in corpora])
         state = TrainState.read(checkpoint)
+        if world.is_main:  # a lower limit makes room at once; a damaged newer one is no reason to lose this one
+            t = config.train
+            keep(run, t.save_total_limit, t.metric_for_best_model, t.best_is_greater, in_use=checkpoint)
     state.global_batch_size = _global_batch_size(config, world, state)
     mixture = Mixture(corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size)
     left = mixture.steps_left(state.cursor, state.global_batch_size, config.train.num_train_epochs)
     total_steps = config.train.max_steps or state.step + left
-    return Inputs(mixture, validation, ds_config, checkpoint, state, total_steps)
+    init_source = find_init_source(config, world) if checkpoint is None else None
+    return Inputs(mixture, validation, ds_config, checkpoint, state, total_steps, init_source)
 
 
 def _lock(run: RunFolder) -> None:
@@ -130,12 +140,19 @@ def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
 
 
 def _refuse_other_run(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> None:
-    changed = differences(load_run(checkpoint / "run.yaml"), config)
-    if changed:
+    """UserError with every difference that a continuation may not have; the others are told."""
+    changed = changes_since(checkpoint, config)
+    refused = [*changed.refused, *other_data(checkpoint, fingerprints)]
+    if refused:
         raise UserError(
-            [*changed, f"give another output_dir for a new run, or put these back to go on from {checkpoint}"]
+            [
+                *refused,
+                f"put these back to go on from {checkpoint}, or start a new run in another output_dir; with "
+                f"adapt.init_from={checkpoint} it begins with these weights",
+            ]
         )
-    refuse_other_data(checkpoint, fingerprints)
+    for sentence in changed.told:
+        log.warning("changed since the checkpoint: %s", sentence)
 
 
 def _global_batch_size(config: RunConfig, world: World, state: TrainState) -> int:

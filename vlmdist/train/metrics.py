@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -28,6 +29,13 @@ def start_logging(run: RunFolder, is_main: bool) -> None:
         log.addHandler(logging.NullHandler())
 
 
+def write_to_log(text: str) -> None:
+    """A line in train.log alone: the terminal has it from somebody else (rank 0; nothing elsewhere)."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
 class MetricsWriter:
     """Rows of metrics.jsonl and the same figures as TensorBoard scalars (rank 0)."""
 
@@ -40,7 +48,9 @@ class MetricsWriter:
         atexit.register(self.close)  # however the run ends, what was logged is written
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **figures})
+        # JSON has no NaN
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **row})
         for name, value in figures.items():
             if isinstance(value, int | float):
                 place = "validation" if name.startswith("validation") else "train"

@@ -5,7 +5,8 @@ import os
 import platform
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from vlmdist.config import RunConfig, dump_run
-from vlmdist.data.costs import NUM_MEASURED, SampleCosts, apply_rule, measure_rule
+from vlmdist.data.costs import NUM_MEASURED, CostRule, SampleCosts, apply_rule, measure_rule
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import TrainStream
@@ -21,16 +22,19 @@ from vlmdist.distributed import World, barrier, gather_objects
 from vlmdist.model.adapters import num_elements, part_sizes, trains_vision
 from vlmdist.model.families import Family
 from vlmdist.model.load import load_for_training, load_processor
-from vlmdist.run_folder import RunFolder
-from vlmdist.train.checkpoint import load_checkpoint, universal_if_needed
+from vlmdist.run_folder import RunFolder, replace_file_text
+from vlmdist.train.checkpoint.load import load_checkpoint, universal_if_needed
+from vlmdist.train.checkpoint.save import Saver
 from vlmdist.train.ds_config import offloads_optimizer
 from vlmdist.train.exchange import log_start
 from vlmdist.train.gradients import GradientWatch
+from vlmdist.train.init_from import apply_init_from, restore_inherited
 from vlmdist.train.inputs import Inputs
 from vlmdist.train.metrics import log
 from vlmdist.train.optim import make_optimizer
 from vlmdist.train.packing import prove_packing
 from vlmdist.train.state import TrainState
+from vlmdist.train.watch.heartbeat import Heartbeat
 
 _PACKAGES = ("vlmdist", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -48,18 +52,21 @@ class Training:
     validation: Corpus | None
     state: TrainState
     gradient_watch: GradientWatch
+    saver: Saver
+    heartbeat: Heartbeat
 
     @property
     def corpora(self) -> list[Corpus]:
         return list(self.stream.mixture.corpora)
 
-    @property
-    def fingerprints(self) -> list[str]:
-        return [c.fingerprint for c in self.corpora]
+    def keys_of(self, samples: Iterable[Sequence[int]]) -> list[str]:
+        """Keys of training samples given as (corpus, sample)."""
+        return [self.corpora[corpus].key(int(sample)) for corpus, sample in samples]
 
 
-def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> Training:
+def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, heartbeat: Heartbeat) -> Training:
     """Load the model, build the engine, go on from the checkpoint if there is one (all ranks)."""
+    heartbeat.enter("loading the model")
     _seed(config.seed)
     prompter = Prompter.for_run(load_processor(config.model), config)
     if config.prompt.train_on == "assistant":
@@ -68,10 +75,17 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> 
         log.info("images: %s", prompter.pixels.describe())
     log.info("loading %s (%s)", config.model.name_or_path, config.model.quantization)
     model, family = load_for_training(config, world.device)
+    if inputs.checkpoint is not None:
+        restore_inherited(model, inputs.checkpoint)
+    elif inputs.init_source is not None:
+        for line in (*inputs.init_source.notes, apply_init_from(model, inputs.init_source)):
+            log.info("%s", line)
     _log_sizes(model)
     if config.train.packing:
         prove_packing(model, prompter)
+    heartbeat.enter("planning")
     costs = _plan_costs(inputs, prompter, model, family, world)
+    heartbeat.enter("building the engine")
     engine = _start_engine(model, config, world, inputs)
     stream = TrainStream(
         inputs.mixture,
@@ -88,7 +102,12 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs) -> 
         packing=config.train.packing,
     )
     watch = GradientWatch(engine.module)
-    training = Training(config, world, run, engine, prompter, stream, inputs.validation, inputs.state, watch)
+    fingerprints = [c.fingerprint for c in inputs.mixture.corpora]
+    saver = Saver(engine, run, config, fingerprints, world, heartbeat.alive)
+    saver.saved_step = None if inputs.checkpoint is None else inputs.state.step
+    training = Training(
+        config, world, run, engine, prompter, stream, inputs.validation, inputs.state, watch, saver, heartbeat
+    )
     if world.is_main:
         _write_start(training)
     barrier()
@@ -113,22 +132,26 @@ def _start_engine(model: Any, config: RunConfig, world: World, inputs: Inputs) -
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if inputs.checkpoint is not None:
-        load_checkpoint(engine, inputs.checkpoint, universal)
+        load_checkpoint(engine, inputs.checkpoint, universal, world)
         cursor = inputs.state.cursor
         log.info("going on from %s (epoch %d, %d samples taken)", inputs.checkpoint, cursor.epoch, cursor.taken)
     return engine
 
 
 def _plan_costs(inputs: Inputs, prompter: Prompter, model: Any, family: Family, world: World) -> list[SampleCosts]:
-    """Costs of all samples; rank 0 measures the rule on those that come first, which it reads anyway (all ranks)."""
+    """Costs of all samples; rank 0 measures the rule on those that come first, which it reads anyway (all ranks).
+
+    Once a run: a start that goes on takes the rule from the checkpoint, or it would cut the steps in another way.
+    """
     mixture = inputs.mixture
-    rule = None
-    if world.is_main:
+    rule = None if inputs.state.cost_rule is None else CostRule(**inputs.state.cost_rule)
+    if world.is_main and rule is None:
         sizes = part_sizes(model, family)
         patch_work = sizes["vision_tower"] / max(1, sizes["language_model"] + sizes["head"])
         samples = mixture.first_samples(inputs.state.cursor, NUM_MEASURED)
         rule = measure_rule(mixture.corpora, samples, prompter, patch_work)
     rule = gather_objects(rule)[0]
+    inputs.state.cost_rule = asdict(rule)
     return [apply_rule(rule, corpus, prompter) for corpus in mixture.corpora]
 
 
@@ -147,10 +170,10 @@ def _log_sizes(model: Any) -> None:
 def _write_start(training: Training) -> None:
     """Effective run file, environment, and the start row of steps.jsonl (rank 0)."""
     run, config, mixture = training.run, training.config, training.stream.mixture
-    run.run_file.write_text(dump_run(config), encoding="utf-8")
+    replace_file_text(run.run_file, dump_run(config))
     starts = json.loads(run.environment_file.read_text(encoding="utf-8")) if run.environment_file.exists() else []
     starts.append(_environment(training.world))
-    run.environment_file.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+    replace_file_text(run.environment_file, json.dumps(starts, indent=1))
     log_start(run.steps_file, mixture, training.state.step, training.world.size, training.state.global_batch_size)
 
 

@@ -3,9 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from vlmdist.config import RunConfig
 from vlmdist.data.order import Cursor
 
 STATE_FILE = "state.json"
@@ -25,9 +23,15 @@ class TrainState:
     bad: set[tuple[int, int]] = field(default_factory=set)
     """(corpus, sample) of the samples left out so far."""
     nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite: their samples were taken, the weights were not changed."""
+    validation_due: bool = False
+    """The run was stopped in the validation after ``step``: it comes first when the run goes on."""
+    cost_rule: dict[str, int] | None = None
+    """Of the planner (``CostRule``): measured once a run, so that a restart cuts every step as it would have been."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "bad": sorted(self.bad)}
+    def as_text(self) -> str:
+        return json.dumps({**asdict(self), "bad": sorted(self.bad)})
 
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainState":
@@ -35,25 +39,3 @@ class TrainState:
         tree["cursor"] = Cursor(**tree["cursor"])
         tree["bad"] = {tuple(b) for b in tree["bad"]}
         return cls(**tree)
-
-
-# Run-file sections that decide what is trained on what: changed under a checkpoint, it would no longer be that run
-_IDENTITY = ("seed", "model.name_or_path", "model.revision", "model.quantization", "model.precision", "adapt", "prompt",
-             "data.shuffle_block_size", "data.max_length", "train.optim")  # fmt: skip
-
-
-def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """Settings that may not change between a checkpoint and its continuation but did, a sentence each."""
-    found = []
-    for path in _IDENTITY:
-        a, b = _at(before, path), _at(now, path)
-        if a != b:
-            found.append(f"{path}: the checkpoint was made with {a!r}, the run file now says {b!r}")
-    return found
-
-
-def _at(config: RunConfig, path: str) -> Any:
-    tree: Any = config.model_dump()
-    for name in path.split("."):
-        tree = tree[name]
-    return tree
