@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from vlmdist.config import RunConfig
 from vlmdist.data.remote.cache import RemoteAccess
 from vlmdist.data.shards.cache_need import refuse_thrashing
@@ -47,6 +49,16 @@ class Inputs:
     """Trained weights of another run to begin with; None where the run goes on from its own checkpoint."""
 
 
+@dataclass
+class OpenedInputs:
+    """What could be opened of it."""
+
+    corpora: list[Corpus]
+    validation: Corpus | None
+    ds_config: dict[str, Any] | None
+    """"auto" filled in; None where it can't be used."""
+
+
 def open_run_folder(config: RunConfig, world: World) -> RunFolder:
     """Make the run folder (rank 0) and be sure that it can be written (all ranks)."""
     run = RunFolder(Path(config.output_dir))
@@ -72,7 +84,12 @@ def open_run_folder(config: RunConfig, world: World) -> RunFolder:
 
 def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
     """Open and check what the run file names; find where to go on (all ranks). UserError with all that is wrong."""
-    corpora, validation, ds_config = _open_inputs(config, world)
+    opened, problems = open_inputs(config, world.size, resolve_dtype(config.model.precision, world.device))
+    problems = precision_problems(config.model, world.device) + problems
+    if problems:
+        raise UserError(problems)
+    corpora, ds_config = opened.corpora, opened.ds_config
+    assert ds_config is not None
     checkpoint, skipped = newest_checkpoint(run, world)
     for reason in skipped:
         log.warning("checkpoint passed over: %s", reason)
@@ -83,12 +100,12 @@ def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
         if world.is_main:  # a lower limit makes room at once; a damaged newer one is no reason to lose this one
             t = config.train
             keep(run, t.save_total_limit, t.metric_for_best_model, t.best_is_greater, in_use=checkpoint)
-    state.global_batch_size = _global_batch_size(config, world, state)
+    state.global_batch_size = global_batch_size(config, world.size, state)
     mixture = Mixture(corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size)
     left = mixture.steps_left(state.cursor, state.global_batch_size, config.train.num_train_epochs)
     total_steps = config.train.max_steps or state.step + left
     init_source = find_init_source(config, world) if checkpoint is None else None
-    return Inputs(mixture, validation, ds_config, checkpoint, state, total_steps, init_source)
+    return Inputs(mixture, opened.validation, ds_config, checkpoint, state, total_steps, init_source)
 
 
 def _lock(run: RunFolder) -> None:
@@ -106,12 +123,12 @@ def _lock(run: RunFolder) -> None:
     _HELD_LOCKS.append(handle)
 
 
-def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus | None, dict[str, Any]]:
-    """Open the corpora and fill the DeepSpeed JSON; UserError with all that is wrong, before a model is loaded."""
-    problems = precision_problems(config.model, world.device)
+def open_inputs(config: RunConfig, world_size: int, dtype: torch.dtype) -> tuple[OpenedInputs, list[str]]:
+    """Open what the run file names, and a sentence for each thing that is wrong with it."""
+    problems: list[str] = []
     corpora: list[Corpus] = []
     validation: Corpus | None = None
-    ds_config: dict[str, Any] = {}
+    ds_config: dict[str, Any] | None = None
     access = RemoteAccess.for_run(config.data)
     for place in config.data.train:
         try:
@@ -128,37 +145,40 @@ def _open_inputs(config: RunConfig, world: World) -> tuple[list[Corpus], Corpus 
     except UserError as e:
         problems += e.problems
     try:
-        ds_config = load_ds_config(config, world.size, resolve_dtype(config.model.precision, world.device))
+        ds_config = load_ds_config(config, world_size, dtype)
     except UserError as e:
         problems += e.problems
     problems += [f"data.train: {c.name} holds no sample" for c in corpora if len(c) == 0]
     thrashing = refuse_thrashing(corpora, config.data.shuffle_block_size)
     problems += [thrashing] if thrashing else []
-    if problems:
-        raise UserError(problems)
-    return corpora, validation, ds_config
+    return OpenedInputs(corpora, validation, ds_config), problems
+
+
+def differences_from(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> tuple[list[str], list[str]]:
+    """Sentences on what a run that goes on from the checkpoint may not change, and on what it changes."""
+    changed = changes_since(checkpoint, config)
+    refused = [*changed.refused, *other_data(checkpoint, fingerprints)]
+    if refused:
+        refused.append(
+            f"put these back to go on from {checkpoint}, or start a new run in another output_dir; with "
+            f"adapt.init_from={checkpoint} it begins with these weights"
+        )
+    return refused, changed.told
 
 
 def _refuse_other_run(checkpoint: Path, config: RunConfig, fingerprints: list[str]) -> None:
     """UserError with every difference that a continuation may not have; the others are told."""
-    changed = changes_since(checkpoint, config)
-    refused = [*changed.refused, *other_data(checkpoint, fingerprints)]
+    refused, told = differences_from(checkpoint, config, fingerprints)
     if refused:
-        raise UserError(
-            [
-                *refused,
-                f"put these back to go on from {checkpoint}, or start a new run in another output_dir; with "
-                f"adapt.init_from={checkpoint} it begins with these weights",
-            ]
-        )
-    for sentence in changed.told:
+        raise UserError(refused)
+    for sentence in told:
         log.warning("changed since the checkpoint: %s", sentence)
 
 
-def _global_batch_size(config: RunConfig, world: World, state: TrainState) -> int:
+def global_batch_size(config: RunConfig, world_size: int, state: TrainState) -> int:
     """Samples a step. Given as accumulation, it is fixed by the first start, so that another world size keeps it."""
     t = config.train
     if t.global_batch_size is not None:
         return t.global_batch_size
     assert t.gradient_accumulation_steps is not None
-    return state.global_batch_size or t.gradient_accumulation_steps * t.per_device_train_batch_size * world.size
+    return state.global_batch_size or t.gradient_accumulation_steps * t.per_device_train_batch_size * world_size

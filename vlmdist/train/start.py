@@ -127,8 +127,9 @@ def _start_engine(model: Any, config: RunConfig, world: World, inputs: Inputs) -
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     deepspeed.utils.logger.setLevel("ERROR")
     if world.device.type == "cpu":
-        # DeepSpeed would compile its own shared-memory reduction, a minute and a C++ compiler; gloo's serves
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would compile its own shared-memory reduction, a minute and a C++ compiler; gloo's serves. The table
+        # put here also saves its probing of all operations at every start: compiler runs, with stderr turned off
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if inputs.checkpoint is not None:

@@ -6,8 +6,9 @@ error), stack, dumped and rescued (answers to dump and rescue), bye. Hub to rank
 is the first one), verdict (another rank's is), end (leave with its exit code), bye.
 """
 
+import functools
+import os
 import selectors
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -296,7 +297,14 @@ class Hub(threading.Thread):
 
 
 def print_failure(failure: Failure) -> None:
-    print(f"failed: {failure.message}", file=sys.stderr, flush=True)
+    """On the stderr that the process had at the start of the watch: libraries turn theirs off for a while."""
+    os.write(original_stderr(), f"failed: {failure.message}\n".encode())
+
+
+@functools.cache
+def original_stderr() -> int:
+    """A descriptor of its own; called first when the watch begins."""
+    return os.dup(2)
 
 
 def beat_of(fields: dict[str, Any]) -> Beat:

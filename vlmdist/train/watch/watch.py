@@ -9,7 +9,7 @@ from pathlib import Path
 from vlmdist.distributed import gather_objects
 from vlmdist.errors import RunFailed
 from vlmdist.train.watch.heartbeat import Heartbeat
-from vlmdist.train.watch.hub import Failure, Hub
+from vlmdist.train.watch.hub import Failure, Hub, original_stderr
 from vlmdist.train.watch.join import JOIN_S
 from vlmdist.train.watch.process import Dumps, flight_recorder_environment, machine
 from vlmdist.train.watch.rank import OWN_EXIT_S, RankThread
@@ -53,6 +53,7 @@ class Watch:
         self._rank = rank
         self._dumps = Dumps()
         close_in_children()
+        original_stderr()
         hello: Message = {"type": "hello", "rank": rank, "process": asdict(self._dumps.this_process())}
         if address is None:
             self._connection, hubs_end = connected_pair()
