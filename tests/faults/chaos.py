@@ -166,14 +166,15 @@ class Disturbed:
             if not run.wait_first(kill.after_s):
                 found = self._what_is_going_on()
                 run.kill_all() if kill.victim is None else run.kill(kill.victim)
-                run.wait_first(START_TIMEOUT_S)
+                victims = list(run.pids) if kill.victim is None else [kill.victim]  # one may just have ended by itself
+                self.nursery.read_until(lambda: run.exit_codes.keys() >= set(victims), START_TIMEOUT_S)
         elif not run.wait_first(START_TIMEOUT_S):
             raise AssertionError(f"hung, and nobody was killed yet ({kill}):\n{run.all_output()}")
         resumed_at = [row["resume_step"] for row in self._start_rows()[num_starts:]]
         assert resumed_at in ([], [self.newest_step]), f"went on from {resumed_at}, {self.newest_step} was newest"
         if -9 not in run.exit_codes.values() and not self._said(run):
             codes = run.wait(START_TIMEOUT_S)
-            assert set(codes.values()) == {0}, f"nobody was killed ({kill}), but it ended:\n{run.all_output()}"
+            assert set(codes.values()) == {0}, f"nobody was killed ({kill}), but: {codes}\n{run.all_output()}"
             return True
         self._see_the_others_end(run, kill, num_starts)
         moment = f"{_AT_A_TIME}: {found}" if kill.moment == _AT_A_TIME else self._hit(kill, run)
