@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         mended, leaks = move_leaks([p.split for p in pictures], groups, names=[p.name for p in pictures])
         corpus.leave_out_leaks(leaks)
         for split in annotations:
-            rows = [to_row(p, classes, question) for p, s in zip(pictures, mended, strict=True) if s == split]
+            grouped = zip(pictures, mended, groups, strict=True)
+            rows = [to_row(p, classes, question, group) for p, s, group in grouped if s == split]
             corpus.write_split(split, rows, total=len(rows))
 
 
@@ -176,9 +177,11 @@ def join_groups(names_of_each: Sequence[Sequence[str]]) -> list[str]:
     return [root(names[0]) for names in names_of_each]
 
 
-def to_row(picture: Picture, classes: Sequence[str], question: str) -> Row:
+def to_row(picture: Picture, classes: Sequence[str], question: str, group: str) -> Row:
+    """group: of the copies of one picture, which are no independent samples for a score's interval."""
     answer = count_answer({name: picture.counts[name] for name in classes})
-    return Row(make_key(picture.file.stem), question_and_answer(question, answer, 1), answer, (picture.file,))
+    messages = question_and_answer(question, answer, 1)
+    return Row(make_key(picture.file.stem), messages, answer, (picture.file,), {"cluster": group})
 
 
 if __name__ == "__main__":

@@ -25,11 +25,22 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("index", "inspect", "train", "evaluate", "score", "audit", "report", "config-schema"):
+    for command in (
+        "index",
+        "inspect",
+        "check",
+        "train",
+        "evaluate",
+        "score",
+        "compare",
+        "audit",
+        "report",
+        "config-schema",
+    ):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["check", "compare", "bench", "predict"])
+@pytest.mark.parametrize("command", ["bench", "predict"])
 def test_commands_to_come_say_so(command: str) -> None:
     done = vlmdist(command, "x", "--flag")
     assert done.returncode == 2
@@ -52,6 +63,7 @@ def test_config_schema_is_json() -> None:
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--out", "x"], "nowhere"),
         (["score", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["compare", "nowhere", "elsewhere"], "nowhere"),
         (["train", "a.yaml", "--fast"], "unknown argument --fast"),
         (["audit", "a", "b=c"], "takes no overrides"),
     ],

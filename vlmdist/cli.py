@@ -20,11 +20,12 @@ from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
 from vlmdist.processes import kill_children
 
 _LATER = {
-    "check": "preflight a run file on a login node: memory, template, shards, wheel against GPU, Slurm request",
-    "compare": "compare two evaluations pairwise, with confidence intervals",
     "bench": "measure tokens/s, samples/s, MFU, data wait and scaling over ranks",
     "predict": "answer one text or image at the prompt",
 }
+
+
+_SLURM_OPTIONS = ("partition", "account", "constraint", "qos", "time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,6 +139,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--key", help="show this sample")
     as_json(sub)
 
+    sub = command(
+        "check", _check, "would this run file train, and does it fit? Needs no GPU and loads no weights", overrides=True
+    )
+    sub.add_argument("run_file", metavar="RUN.yaml")
+    sub.add_argument("--gpu", metavar="NAME", help="v100-32gb, a100-40gb, h100, ..., cpu (default: this machine's)")
+    sub.add_argument("--gpus", type=int, metavar="N", help="GPUs a node (default: the Slurm request's, else 1)")
+    sub.add_argument("--nodes", type=int, metavar="N", help="machines (default: the Slurm request's, else 1)")
+    sub.add_argument("--script", type=Path, metavar="JOB.sh", help="Slurm job script, whose #SBATCH lines are checked")
+    for name in _SLURM_OPTIONS:
+        sub.add_argument(f"--{name}", metavar=name.upper(), help="as for sbatch; the cluster is asked about it")
+    as_json(sub)
+
     sub = command("train", _train, "train; resumes by itself from the newest whole checkpoint", overrides=True)
     sub.add_argument("run_file", metavar="RUN.yaml")
 
@@ -156,6 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("score", _score, "score a file of {id, truth, prediction} rows; no model, no torch")
     sub.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl")
     sub.add_argument("--metric", default="fuzzy", help="name of a metric (default: fuzzy)")
+    as_json(sub)
+
+    sub = command("compare", _compare, "two evaluations of the same samples: difference, interval, p-value; no model")
+    sub.add_argument("a", type=Path, metavar="EVAL_A", help="folder RUN/eval/NAME, or a file of predictions")
+    sub.add_argument("b", type=Path, metavar="EVAL_B", help="the same, of the other model")
+    sub.add_argument("--metric", help="name of a metric (default: what both were scored with)")
     as_json(sub)
 
     sub = command("audit", _audit, "prove from the run's own log that every sample was taken exactly once")
@@ -236,6 +255,32 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps(facts) if arguments.json else format_inspection(facts) + "\n\n" + format_as_seen(facts["as_seen"]))
 
 
+def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet_libraries()
+    from vlmdist.check.run import check_run
+    from vlmdist.check.slurm import read_request
+    from vlmdist.check.text import format_report
+
+    asked: dict[str, str | None] = {name: getattr(arguments, name) for name in _SLURM_OPTIONS}
+    request = None
+    if arguments.script is not None or any(asked.values()):
+        asked["nodes"] = None if arguments.nodes is None else str(arguments.nodes)
+        asked["gpus-per-node"] = None if arguments.gpus is None else str(arguments.gpus)
+        request = read_request(arguments.script, asked)
+    report = check_run(
+        arguments.run_file,
+        overrides,
+        gpu=arguments.gpu,
+        gpus_per_node=arguments.gpus,
+        num_nodes=arguments.nodes,
+        request=request,
+    )
+    print(json.dumps(report.as_json()) if arguments.json else format_report(report), flush=True)
+    if report.problems and not arguments.json:
+        raise UserError(report.problems)
+    return UserError.exit_code if report.problems else 0
+
+
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.distributed import adopt_slurm_environment
@@ -280,6 +325,13 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     scores = score_file(arguments.predictions, arguments.metric)
     print(json.dumps(scores) if arguments.json else format_scores(scores))
+
+
+def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.evaluate.compare import compare_evaluations, format_comparison
+
+    facts = compare_evaluations(arguments.a, arguments.b, arguments.metric)
+    print(json.dumps(facts) if arguments.json else format_comparison(facts))
 
 
 def _audit(arguments: argparse.Namespace, overrides: list[str]) -> int:

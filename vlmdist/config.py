@@ -199,7 +199,7 @@ class TrainConfig(_Section):
 
 class EvaluateConfig(_Section):
     metric: str = "fuzzy"
-    """Name of a metric (see vlmdist/evaluate/metrics.py)."""
+    """Name of a metric (see vlmdist/evaluate/metrics/)."""
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Samples generated together; fixes the padding, so scores compare only at the same value."""
     max_new_tokens: int = Field(256, ge=1)

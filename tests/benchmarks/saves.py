@@ -4,9 +4,9 @@
     python tests/benchmarks/saves.py --layers 4        smaller, for a quick look
 
 Both train the same Llama (random weights, 768 wide) on the same receipt lines and save five times. Stand-still: what
-the loop waits in saving, snapshots and waits before an update included. Save: from its beginning until the checkpoint has
-its name. Size over need: bytes of the checkpoint over those of the trained weights (in the step's dtype), Adam's two
-moments in fp32 and, where the step is in 16 bit, the fp32 weights.
+the loop waits in saving, snapshots and waits before an update included. Save: from its beginning until the checkpoint
+has its name. Size over need: bytes of the checkpoint over those of the trained weights (in the step's dtype), Adam's
+two moments in fp32 and, where the step is in 16 bit, the fp32 weights.
 """
 
 import argparse

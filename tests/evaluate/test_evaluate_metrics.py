@@ -7,7 +7,10 @@ import reference_scorer as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdist.evaluate.metrics import METRICS, UnreadableTruth, count_json, exact, fuzzy, fuzzy_fields, fuzzy_text
+from vlmdist.evaluate.metrics import METRICS, UnreadableTruth
+
+fuzzy, fuzzy_fields, count_json = METRICS["fuzzy"], METRICS["fuzzy_fields"], METRICS["count_json"]
+exact_json, f1_fields, valid_json = METRICS["exact_json"], METRICS["f1_fields"], METRICS["valid_json"]
 
 CHECK_TRUTH = {
     "company": "ABC HO TRADING",
@@ -91,10 +94,28 @@ def test_fuzzy_fields_refuses_an_unreadable_truth(truth):
         fuzzy_fields(truth, "a##b##c")
 
 
-def test_whole_text_metrics():
-    assert exact("dog", " dog\n").figures == {"score": 100, "exact": 100}
-    assert exact("dog", "Dog").figures["score"] == 0
-    assert fuzzy_text("dog", "dig ").figures == {"score": 67, "exact": 0}
+def test_exact_fields_by_hand():
+    found = exact_json('{"a": "x", "b": "1.0", "c": null}', '{"a": "x", "b": 1.0, "c": "", "d": 0}')
+    assert {name: f.exact for name, f in found.fields.items()} == {"a": True, "b": True, "c": False}
+    assert found.figures["score"] == pytest.approx(200 / 3)
+    assert (found.figures["exact"], found.figures["valid_json"]) == (0, 100)
+    assert exact_json('{"a": "x"}', '{"a": "x"').figures == {"score": 0, "exact": 0, "valid_json": 0}
+
+
+def test_f1_by_hand():
+    # of three fields in the truth two are predicted right, one wrong, and one that isn't there: 2 x 2 / (3 + 4)
+    truth = '{"company": "A B", "date": "1.1.", "address": "", "total": "5"}'
+    found = f1_fields(truth, '{"company": " A B ", "date": "1.1.", "address": "X", "total": "6", "tax": null}')
+    assert found.figures["score"] == pytest.approx(100 * 4 / 7)
+    assert found.ratios == {"score": (400, 7), "precision": (200, 4), "recall": (200, 3)}
+    assert list(found.fields) == ["company", "date", "total"]
+    assert f1_fields(truth, "no json").ratios["score"] == (0, 3)
+    assert f1_fields('{"a": ""}', "{}").figures["score"] == 100
+
+
+def test_valid_json_asks_for_an_object():
+    assert valid_json("whatever", '```json\n{"a": 1}\n```').figures == {"score": 100, "exact": 0}
+    assert valid_json("[1]", "[1]").figures == {"score": 0, "exact": 100}
 
 
 def test_counts_by_hand():
@@ -103,6 +124,7 @@ def test_counts_by_hand():
         "score": 100,
         "exact": 100,
         "counts_equal": 100,
+        "count_accuracy": 100,
         "valid_json": 100,
         "mean_absolute_error": 0,
     }
@@ -112,6 +134,7 @@ def test_counts_by_hand():
     # dime right, penny 1 off, nickel 2 too many: errors 0 + 1 + 2 over three classes
     found = count_json(truth, '{"dime": 2, "penny": 4, "nickel": 2}')
     assert found.figures["mean_absolute_error"] == 1
+    assert found.figures["count_accuracy"] == pytest.approx(100 / 3)
     assert {name: f.score for name, f in found.fields.items()} == {"dime": 100, "penny": 0, "nickel": 0}
     assert count_json(truth, "no idea").figures["mean_absolute_error"] == 3.5
     assert count_json("{}", "{}").figures["score"] == 100
@@ -149,7 +172,7 @@ def _close(found: float, expected: Fraction) -> bool:
 
 def test_fuzzy_agrees_with_the_second_scorer_on_random_pairs():
     rng = random.Random(20)
-    for _ in range(3000):
+    for _ in range(6000):
         truth = {name: _word(rng) for name in rng.sample(["company", "date", "address", "total"], rng.randrange(1, 5))}
         guess = {name: _near(rng, value) for name, value in truth.items() if rng.random() < 0.9}
         text = json.dumps(guess, ensure_ascii=rng.random() < 0.5)
@@ -160,7 +183,7 @@ def test_fuzzy_agrees_with_the_second_scorer_on_random_pairs():
 
 def test_fuzzy_fields_agrees_with_the_second_scorer_on_random_pairs():
     rng = random.Random(21)
-    for _ in range(2000):
+    for _ in range(4000):
         values = [rng.choice([_word(rng), "-"]).replace("#", "") for _ in range(rng.choice([3, 4]))]
         guess = "##".join(_near(rng, v) for v in values[: rng.randrange(2, 5)]).strip()
         truth = "##".join(values)
@@ -189,8 +212,16 @@ TRUTHS = {
     "fuzzy_fields": "a##b##-##d",
     "fuzzy_text": "text",
     "exact": "text",
+    "exact_json": '{"company": "A", "total": "1.00"}',
+    "f1_fields": '{"company": "A", "total": "1.00"}',
+    "valid_json": '{"company": "A"}',
     "count_json": '{"dime": 2}',
+    "anls": "text",
+    "cer": "text",
+    "choice": "B",
+    "choice_circular": '{"answer": "B", "options": ["a cat", "a dog"], "question": 17}',
 }
+RIGHT = {**TRUTHS, "choice_circular": "B"}
 MALFORMED = [
     "",
     "\x00\x01\x1b[31m\x7f\x85\u2028",
@@ -229,4 +260,4 @@ def test_any_text_is_scored(metric, prediction):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_truth_itself_gets_100(metric):
-    assert METRICS[metric](TRUTHS[metric], TRUTHS[metric]).figures["score"] == 100
+    assert METRICS[metric](TRUTHS[metric], RIGHT[metric]).figures["score"] == 100

@@ -34,14 +34,61 @@ def test_means_over_samples_and_by_field():
     assert scores == {
         "metric": "fuzzy",
         "score": 50.0,  # 100, 50, 0
+        "interval": [0, 100],
         "num_samples": 3,
+        "num_clusters": 3,
         "num_errors": 0,
+        "confidence": 95,
         "figures": {"exact": pytest.approx(100 / 3), "valid_json": pytest.approx(200 / 3)},
+        "figure_intervals": {"exact": [0, 100], "valid_json": [0, 100]},
         "by_field": {
-            "company": {"score": 75.0, "exact": 50.0, "num": 2},
-            "total": {"score": 50.0, "exact": 50.0, "num": 2},
+            "company": {"score": 75.0, "interval": [50, 100], "exact": 50.0, "exact_interval": [0, 100], "num": 2},
+            "total": {"score": 50.0, "interval": [0, 100], "exact": 50.0, "exact_interval": [0, 100], "num": 2},
         },
     }
+
+
+def test_every_score_has_an_interval():
+    rows = [_row(i, '{"a": "xyz", "b": "uvw"}', '{"a": "xyz"}' if i % 3 else "no json") for i in range(60)]
+    scores = score_rows(rows, "fuzzy")
+    low, high = scores["interval"]
+    assert scores["score"] == pytest.approx(100 / 3)
+    assert 25 < low < 100 / 3 < high < 45
+    assert scores["figure_intervals"]["valid_json"] == pytest.approx([2 * low, 2 * high], abs=2e-4)
+    assert scores["by_field"]["a"]["exact_interval"] == pytest.approx([2 * low, 2 * high], abs=2e-4)
+    assert scores["by_field"]["b"]["interval"][0] == 0
+    assert scores["figure_intervals"]["exact"] == [0, pytest.approx(100 - 100 * 0.025 ** (1 / 60), abs=1e-4)]
+
+
+def test_rows_of_one_cluster_count_as_one():
+    rows = [_row(i, "a", "a" if i < 40 else "b", cluster=f"c{i // 4}") for i in range(80)]
+    together = score_rows(rows, "exact")
+    apart = score_rows([{k: v for k, v in row.items() if k != "cluster"} for row in rows], "exact")
+    assert (together["num_clusters"], apart["num_clusters"]) == (20, 80)
+    assert together["score"] == apart["score"] == 50
+    width, narrow = ((s["interval"][1] - s["interval"][0]) for s in (together, apart))
+    assert width == pytest.approx(2 * narrow, rel=0.15)
+
+
+def test_ratios_of_a_corpus_are_sums_over_all_samples():
+    rows = [_row(1, '{"a": "1", "b": "2", "c": "3"}', '{"a": "1"}'), _row(2, '{"a": "1"}', '{"a": "1", "z": "9"}')]
+    scores = score_rows(rows, "f1_fields")
+    assert scores["score"] == pytest.approx(100 * 4 / 7)
+    assert scores["figures"]["precision"] == pytest.approx(200 / 3)
+    assert scores["figures"]["recall"] == 50
+    rate = score_rows([_row(1, "a" * 9, "a" * 9), _row(2, "b", "ccc")], "cer")
+    assert rate["figures"]["character_error_rate"] == 30
+    assert rate["score"] == 50
+
+
+def test_classes_without_end_keep_their_scores_and_cost_no_time():
+    invented = json.dumps({f"coin {i}": 1 for i in range(20_000)})
+    scores = score_rows(
+        [_row(i, '{"dime": 2}', '{"dime": 2}') for i in range(30)] + [_row("x", "{}", invented)], "count_json"
+    )
+    assert len(scores["by_field"]) == 20_001
+    assert scores["by_field"]["dime"]["interval"] is not None
+    assert scores["by_field"]["coin 19999"]["interval"] is None
 
 
 def test_a_failed_sample_counts_as_an_empty_answer():
@@ -96,12 +143,13 @@ def test_all_bad_lines_are_told_at_once(tmp_path):
             "",
             good,
             '{"id": "w", "truth": null, "prediction": ""}',
+            '{"id": "v", "truth": "t", "prediction": "p", "cluster": [1]}',
         ],
     )
     with pytest.raises(UserError) as e:
         score_file(file, "fuzzy")
     told = e.value.problems
-    assert [p.split("line ")[1].split(":")[0] for p in told] == ["2", "3", "4", "5", "6", "7", "9", "10"]
+    assert [p.split("line ")[1].split(":")[0] for p in told] == ["2", "3", "4", "5", "6", "7", "9", "10", "11"]
     assert "no truth and no prediction" in told[2]
     assert "was on line 1 already" in told[6]
 
@@ -129,12 +177,13 @@ def test_written_predictions_score_the_same_and_hold_every_character(tmp_path):
     rows = [
         _row("ß/1", '{"a": "\\ud800 \u2028 чай\\n"}', "```json\n{}\n```\u2028\x00"),
         _row("2", '{"a": "b"}', "half a pair \ud800"),
-        _row("3", None, "", error="broken JSON"),
+        _row("3", None, "", error="broken JSON", cluster="c1"),
     ]
     scores = score_rows(rows, "fuzzy")
     write_predictions(tmp_path / "predictions.jsonl", rows, score_each(rows, "fuzzy"))
     write_scores(tmp_path / "scores.json", scores)
     again = read_predictions(tmp_path)
+    assert [row.get("cluster") for row in again] == [None, None, "c1"]
     assert [{k: r[k] for k in ("id", "truth", "prediction")} for r in again] == [
         {k: r[k] for k in ("id", "truth", "prediction")} for r in rows
     ]
@@ -144,8 +193,14 @@ def test_written_predictions_score_the_same_and_hold_every_character(tmp_path):
 
 def test_the_table_shows_every_field():
     table = format_scores(score_rows([*ROWS, _row("e", None, "", error="why")], "fuzzy"))
-    assert "fuzzy: 37.50  (4 samples, 1 of them failed)" in table
-    assert [line.split()[0] for line in table.splitlines()[3:]] == ["company", "total"]
+    assert "fuzzy: 37.50 [0.00, 87.50]  (4 samples, 1 of them failed)" in table
+    assert [line.split()[0] for line in table.splitlines()[4:-1]] == ["company", "total"]
+
+
+def test_a_class_that_the_model_invents_is_no_command_to_the_terminal():
+    table = format_scores(score_rows([_row("a", "{}", '{"\\u001b[31m": 1}')], "count_json"))
+    assert "\\x1b[31m" in table
+    assert "\x1b" not in table
 
 
 def test_scoring_imports_no_torch():

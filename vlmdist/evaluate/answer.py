@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vlmdist.config import RunConfig
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample
+from vlmdist.evaluate.figures import cluster_of
 from vlmdist.evaluate.metrics import UnreadableTruth
 from vlmdist.evaluate.scores import Row, metric_by_name
 
@@ -53,6 +54,7 @@ class Answerer:
             try:
                 sample = self.corpus.read(row["number"])
                 row["truth"] = sample.truth
+                row["cluster"] = cluster_of(sample)
                 questions.append((row, self.prompter.encode_question(sample)))
             except (BadSample, ValueError) as e:  # ValueError: the processor refuses the text or image
                 row["error"] = str(e)[:300]

@@ -7,6 +7,9 @@ FIELD_NAMES = ("normalised", "product", "brand", "category")
 FIELD_SEPARATOR = "##"
 ANSWER_MARKER = "Normalized product:"
 NONE_SIGN = "-"
+_CHOICE_FORMS = (("({})",), (" {} ",), (" {}.", " {}:", " {})"))
+_CHOICE_PUNCTUATION = ",.!?;:' "
+_SHORT_ANSWER_WORDS = 5
 
 
 def parse_json_answer(text: str) -> tuple[dict[str, Any], bool]:
@@ -47,3 +50,25 @@ def find_answer_line(text: str) -> str:
     lines = [line.split(ANSWER_MARKER, 1)[-1].strip() for line in text.split("\n")]
     lines = [line for line in lines if line]
     return next((line for line in lines if has_fields_form(line)), lines[0] if lines else "")
+
+
+def find_choice(text: str, options: dict[str, str]) -> str | None:
+    """The letter of the option that an answer chooses; None where it names none.
+
+    options: text of each by its letter; "" where the text isn't known. After MMMU's ``parse_multi_choice_response``
+    (https://github.com/MMMU-Benchmark/MMMU, eval/eval_utils.py), the first of these that is found: "(B)"; "B" between
+    spaces; "B." or "B:" or "B)"; in an answer of more than five words, an option's text, letter case aside. Of several
+    options the one named last counts. "B." is not in MMMU's own; lmms-eval has it.
+    """
+    words = text.split()
+    answer = f" {' '.join(words).strip(_CHOICE_PUNCTUATION)} "
+    for form in _CHOICE_FORMS:
+        places = {letter: max(answer.rfind(f.format(letter)) for f in form) for letter in options}
+        if max(places.values()) >= 0:
+            return max(places, key=lambda letter: places[letter])
+    if len(words) > _SHORT_ANSWER_WORDS:
+        lower = answer.lower()
+        places = {letter: lower.rfind(option.lower()) for letter, option in options.items() if option.strip()}
+        if places and max(places.values()) >= 0:
+            return max(places, key=lambda letter: places[letter])
+    return None

@@ -1,28 +1,32 @@
 """From rows of {id, truth, prediction} to scores; no model and no torch, so that ``vlmdist score`` answers at once.
 
     predictions.jsonl   one row a sample, in the order of the corpus:
-                        {"id", "truth", "prediction", "score", "fields": {name: score}}, and "error" where it failed
-    scores.json         {"metric", "score", "num_samples", "num_errors", "figures", "by_field": {name: {...}}}
+                        {"id", "cluster", "truth", "prediction", "score", "fields": {name: score}}, and "error" where
+                        it failed; samples with the same "cluster" (optional) share an image or a raw line
+    scores.json         {"metric", "score", "interval", "num_samples", "num_clusters", "num_errors", "confidence",
+                        "figures", "figure_intervals", "by_field": {name: {...}}}
 
 Both are a function of the answers alone: keys in a fixed order, figures rounded to ROUND_DIGITS, no times or hosts.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmdist.errors import UserError
-from vlmdist.evaluate.metrics import METRICS, Metric, SampleScore, UnreadableTruth
+from vlmdist.evaluate.figures import Figure, Key, gather_figures, number_clusters
+from vlmdist.evaluate.metrics import METRICS, NOT_PERCENT, Metric, SampleScore, UnreadableTruth
+from vlmdist.evaluate.statistics import CONFIDENCE, intervals, sum_clusters
 from vlmdist.run_folder import replace_file_text
 
 ROUND_DIGITS = 10
+MOST_FIELDS_WITH_INTERVAL = 50  # a model may invent classes without end, and each takes its time
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 MAX_PROBLEMS_TOLD = 20
+MOST_CHARACTERS_SHOWN = 100
 
 Row = dict[str, Any]
 
@@ -36,8 +40,10 @@ def metric_by_name(name: str) -> Metric:
 def score_rows(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     """The scores of a corpus from its rows (see ``score_each``), as they stand in scores.json.
 
-    Returns {"metric", "score", "num_samples", "num_errors", "figures": {name: mean}, "by_field": {name: {"score",
-    "exact", "num"}}}: percent, but for figures that name another unit. "num" is the number of samples with the field.
+    Returns {"metric", "score", "interval", "num_samples", "num_clusters", "num_errors", "confidence" (percent),
+    "figures": {name: value}, "figure_intervals": {name: interval}, "by_field": {name: {"score", "interval", "exact",
+    "exact_interval", "num"}}}: percent, but for figures that name another unit. "num" is the number of samples with the
+    field. An interval is [lower, upper], or null where it can't be told (see ``statistics.intervals``).
     """
     return summarise(rows, score_each(rows, metric), metric)
 
@@ -60,27 +66,47 @@ def score_each(rows: Iterable[Row], metric: str) -> list[SampleScore]:
 
 
 def summarise(rows: Sequence[Row], scores: Sequence[SampleScore], metric: str) -> dict[str, Any]:
-    """Sum everywhere, divide once: the means over samples of all figures, whole and by field."""
-    figures: dict[str, _Mean] = {}
-    by_field: dict[str, tuple[_Mean, _Mean]] = {}
-    for score in scores:
-        for name, value in score.figures.items():
-            figures.setdefault(name, _Mean()).add(value)
-        for name, one in score.fields.items():
-            similar, equal = by_field.setdefault(name, (_Mean(), _Mean()))
-            similar.add(one.score)
-            equal.add(100.0 if one.exact else 0.0)
+    """Sum everywhere, divide once: all figures of the corpus, whole and by field, each with its confidence interval."""
+    figures = gather_figures(scores)
+    clusters = number_clusters(rows, scores)
+    chosen = keys_with_statistics(figures)
+    are_percent = [name not in NOT_PERCENT for _, name in chosen]
+    found = intervals(*sum_clusters([[figures[key] for key in chosen]], clusters), are_percent)
+    interval_of = {key: list(i) for key, i in zip(chosen, found, strict=True) if i is not None}
+    value_of = {key: round(figure.value(), ROUND_DIGITS) for key, figure in figures.items()}
+    whole_names = [name for part, name in figures if part == "" and name != "score"]
     return {
         "metric": metric,
-        "score": figures["score"].value() if figures else 0.0,
+        "score": value_of["", "score"],
+        "interval": interval_of.get(("", "score")),
         "num_samples": len(rows),
+        "num_clusters": max(clusters) + 1,
         "num_errors": sum(_failed(row) for row in rows),
-        "figures": {name: mean.value() for name, mean in figures.items() if name != "score"},
+        "confidence": round(100 * CONFIDENCE),
+        "figures": {name: value_of["", name] for name in whole_names},
+        "figure_intervals": {name: interval_of.get(("", name)) for name in whole_names},
         "by_field": {
-            name: {"score": similar.value(), "exact": equal.value(), "num": similar.num}
-            for name, (similar, equal) in by_field.items()
+            name: {
+                "score": value_of[name, "score"],
+                "interval": interval_of.get((name, "score")),
+                "exact": value_of[name, "exact"],
+                "exact_interval": interval_of.get((name, "exact")),
+                "num": len(figures[name, "score"].samples),
+            }
+            for name in field_names(figures)
         },
     }
+
+
+def field_names(figures: Iterable[Key]) -> list[str]:
+    return [field for field, name in figures if field and name == "score"]
+
+
+def keys_with_statistics(figures: dict[Key, Figure]) -> list[Key]:
+    """The figures of whole answers, and those of the MOST_FIELDS_WITH_INTERVAL fields that most samples have."""
+    often = sorted(field_names(figures), key=lambda name: -len(figures[name, "score"].samples))
+    kept = {"", *often[:MOST_FIELDS_WITH_INTERVAL]}
+    return [key for key in figures if key[0] in kept]
 
 
 def score_file(path: str | os.PathLike[str], metric: str) -> dict[str, Any]:
@@ -122,37 +148,39 @@ def write_scores(path: Path, scores: dict[str, Any]) -> None:
 def format_scores(scores: dict[str, Any]) -> str:
     """The scores as a table for people."""
     failed = f", {scores['num_errors']} of them failed" if scores["num_errors"] else ""
-    head = f"{scores['metric']}: {scores['score']:.2f}  ({scores['num_samples']} samples{failed})"
-    figures = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores["figures"].items()]
-    lines = [head] + (["  " + " · ".join(figures)] if figures else [])
+    clusters = f" in {scores['num_clusters']} clusters" if scores["num_clusters"] < scores["num_samples"] else ""
+    head = f"{scores['metric']}: {scores['score']:.2f}{format_interval(scores['interval'])}"
+    lines = [f"{head}  ({scores['num_samples']} samples{clusters}{failed})"]
+    lines += [
+        f"  {name.replace('_', ' ')} {value:.2f}{format_interval(scores['figure_intervals'][name])}"
+        for name, value in scores["figures"].items()
+    ]
     if scores["by_field"]:
-        width = max(len("field"), *map(len, scores["by_field"]))
-        lines.append(f"  {'field':<{width}}  {'score':>7}  {'exact %':>7}  {'samples':>7}")
+        width = max(len("field"), *(len(shown_on_one_line(name)) for name in scores["by_field"]))
+        lines.append(f"  {'field':<{width}}  {'score':>7}  {'':16}  {'exact %':>7}  {'':16}  {'samples':>7}")
         for name, f in scores["by_field"].items():
-            lines.append(f"  {name:<{width}}  {f['score']:7.2f}  {f['exact']:7.2f}  {f['num']:7d}")
+            score = f"{f['score']:7.2f} {format_interval(f['interval']):17}"
+            exact = f"{f['exact']:7.2f} {format_interval(f['exact_interval']):17}"
+            lines.append(f"  {shown_on_one_line(name):<{width}}  {score}  {exact}  {f['num']:7d}")
+    lines.append(f"  in brackets: {scores['confidence']} % confidence intervals")
     if "folder" in scores:
         lines.append(f"  in {scores['folder']}")
     return "\n".join(lines)
 
 
+def shown_on_one_line(text: Any) -> str:
+    """The beginning of a text, without what a terminal would obey: models write control characters."""
+    short = str(text) if len(str(text)) <= MOST_CHARACTERS_SHOWN else str(text)[: MOST_CHARACTERS_SHOWN - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in short)
+
+
+def format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
 def first_problems(problems: list[str]) -> list[str]:
     left = len(problems) - MAX_PROBLEMS_TOLD
     return problems if left <= 0 else [*problems[:MAX_PROBLEMS_TOLD], f"... and {left} more like these"]
-
-
-@dataclass
-class _Mean:
-    values: list[float] = field(default_factory=list)
-
-    @property
-    def num(self) -> int:
-        return len(self.values)
-
-    def add(self, value: float) -> None:
-        self.values.append(value)
-
-    def value(self) -> float:
-        return round(math.fsum(self.values) / len(self.values), ROUND_DIGITS)
 
 
 def _score_row(row: Row, metric: Metric) -> SampleScore:
@@ -168,7 +196,7 @@ def _failed(row: Row) -> bool:
 
 
 def _line(row: Row, score: SampleScore) -> str:
-    out = {key: row[key] for key in ("id", "truth", "prediction")}
+    out: Row = {key: row[key] for key in ("id", "cluster", "truth", "prediction") if key in row}
     out["score"] = round(score.figures["score"], ROUND_DIGITS)
     if score.fields:
         out["fields"] = {name: round(f.score, ROUND_DIGITS) for name, f in score.fields.items()}
@@ -222,6 +250,8 @@ def _row_problem(row: Any) -> str | None:
         return f"has no {' and no '.join(missing)}"
     if not isinstance(row["id"], str | int):
         return f"id must be a string or a whole number, not {type(row['id']).__name__}"
+    if not isinstance(row.get("cluster", ""), str | int):
+        return f"cluster must be a string or a whole number, not {type(row['cluster']).__name__}"
     if not isinstance(row["truth"], str) and not (row["truth"] is None and _failed(row)):
         return f"truth must be a string, not {type(row['truth']).__name__}"
     if not isinstance(row["prediction"], str):

@@ -28,12 +28,16 @@ def weight_bytes(model: nn.Module, config: ModelConfig, family: Family, dtype: t
     return int(total)
 
 
-def model_on_meta(transformers_config: Any, family: Family, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model without memory: every weight on the meta device."""
+def model_on_meta(
+    transformers_config: Any, family: Family, *, trust_remote_code: bool = False, attention: str | None = None
+) -> nn.Module:
+    """The model without memory: every weight on the meta device. attention: None for the model's own choice."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        model: nn.Module = auto_model(family).from_config(transformers_config, trust_remote_code=trust_remote_code)
+        model: nn.Module = auto_model(family).from_config(
+            transformers_config, trust_remote_code=trust_remote_code, attn_implementation=attention
+        )
     model.tie_weights()  # type: ignore[operator]
     return model
 

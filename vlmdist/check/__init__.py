@@ -1,0 +1,1 @@
+"""The preflight: would this run file train on those GPUs? Needs neither a GPU nor the weights."""
