@@ -60,8 +60,19 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("signum", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("moment", MOMENTS)
+def every_phase() -> list[object]:
+    """Each moment with one of the signals in turn; with the other one in the long form."""
+    cases = []
+    for number, moment in enumerate(MOMENTS):
+        for signum in SIGNALS:
+            is_long = signum is SIGNALS[number % 2]
+            cases.append(
+                pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=[pytest.mark.slow] if is_long else [])
+            )
+    return cases
+
+
+@pytest.mark.parametrize(("moment", "signum"), every_phase())
 def test_stopped_in_every_phase(
     nursery: Nursery, tiny_world: Path, tmp_path: Path, whole_of_two: Undisturbed, moment: str, signum: signal.Signals
 ) -> None:
