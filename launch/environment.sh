@@ -146,3 +146,8 @@ num_ranks() { # VLMDIST_RANKS, else one a GPU, else two on the CPU
     ((gpus == 0 || ranks <= gpus)) || die "VLMDIST_RANKS=$ranks is over the $gpus GPUs of this machine: one rank a GPU"
     echo "$ranks"
 }
+
+start_on_hosts() { # COMMAND of vlmdist, HOSTFILE, ARGUMENTS...: ranks on every host of the file
+    [[ $# -ge 3 ]] || die "usage: bash launch/$1.sh --hostfile HOSTFILE RUN.yaml ...; a line of HOSTFILE is 'HOST slots=N'"
+    exec "$PYTHON" "$VLMDIST_HOME/launch/start_hosts.py" "$2" "$1" "${@:3}"
+}

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0] not in ("torchrun", "accelerate"):
         print("usage: python launch/start_ranks.py torchrun|accelerate ARGUMENTS...", file=sys.stderr)
         return 2
-    # the launchers name a failed rank in a screenful; _explain says it in a line
+    # the launchers name a failed rank in a screenful; explain says it in a line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for signum in FORWARDED:
         signal.signal(signum, _forward_to_ranks)
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
         _run_torchrun(argv[1:]) if argv[0] == "torchrun" else _run_accelerate(argv[1:])
     except ChildFailedError as e:
         _, first = e.get_first_failure()
-        return _explain(first.exitcode, f"rank {first.local_rank}")
+        return explain(first.exitcode, f"rank {first.local_rank}")
     except subprocess.CalledProcessError as e:  # accelerate with one rank
-        return _explain(e.returncode, "the process")
+        return explain(e.returncode, "the process")
     except SignalException as e:
         return 128 + e.sigval.value
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def _forward_to_ranks(signum: int, frame: FrameType | None) -> None:
             pass  # it ended meanwhile
 
 
-def _explain(exit_code: int, who: str) -> int:
+def explain(exit_code: int, who: str) -> int:
     """Our exit code for a rank's; ranks speak for themselves unless a signal ended them."""
     if exit_code >= 0:
         return exit_code

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OtherRankFailed as e:
         return e.exit_code
     except OSError as e:
-        if e.errno == errno.EPIPE:  # `vlmdist inspect ... | head`
+        if e.errno == errno.EPIPE and arguments.command not in ("train", "evaluate"):  # `vlmdist inspect ... | head`
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
             return 0
         _say([f"failed: {e.filename or 'the system'}: {e.strerror or e}"], every_rank=True)
