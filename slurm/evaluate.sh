@@ -5,7 +5,7 @@
 #   sbatch --ntasks-per-node=4 --gres=gpu:4 slurm/evaluate.sh /scratch/r1/run.yaml --base
 #
 # Arguments are those of `vlmdist evaluate`; relative paths are taken from the folder in which sbatch was called. The scores
-# do not depend on the number of ranks; a job that is stopped goes on where it was.
+# do not depend on the number of ranks; a job that is stopped goes on behind the batches that it had finished.
 
 # name in squeue and of the log
 #SBATCH --job-name=vlmdist-evaluate
@@ -13,15 +13,15 @@
 #SBATCH --nodes=1
 # ranks a machine: one a GPU
 #SBATCH --ntasks-per-node=2
-# GPUs a machine; a type may be named: --gres=gpu:v100:2
+# GPUs a machine, or --gres=gpu:v100:2; to ask by --gpus-per-node or --gpus-per-task, give --gres=none too
 #SBATCH --gres=gpu:2
 # cores a rank
 #SBATCH --cpus-per-task=4
 # host memory a core
 #SBATCH --mem-per-cpu=4G
-# longest run, hh:mm:ss
+# longest run, hh:mm:ss; what needs longer requeues itself and goes on
 #SBATCH --time=02:00:00
-# SIGUSR1 to the batch shell this many seconds before the end: time to finish a batch
+# SIGUSR1 to the batch shell this many seconds before the end: time to end the ranks and requeue
 #SBATCH --signal=B:USR1@120
 # a preempted job, or one whose node died, goes back into the queue
 #SBATCH --requeue
@@ -35,7 +35,7 @@
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: a job script: submit it with sbatch" >&2 && exit 2; }
 home="${VLMDIST_HOME:-}"
 if [[ -z $home ]]; then
-    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///p;q}')"
     while [[ $home == */slurm/* && ! -f $home/slurm/job.sh ]]; do home="${home%/slurm/*}"; done
     [[ -f $home/slurm/job.sh ]] || home="$SLURM_SUBMIT_DIR"
     while [[ $home == */* && ! -f $home/slurm/job.sh ]]; do home="${home%/*}"; done

@@ -2,7 +2,7 @@
 # Receipt lines to normalised items: Llama-3-8B, NF4 QLoRA, ZeRO-2 with the optimizer in host memory, on two V100.
 #
 #   sbatch slurm/train_llama3_receipts.sh
-#   sbatch --partition=gpu --nodes=2 slurm/train_llama3_receipts.sh model.name_or_path=/models/Meta-Llama-3-8B output_dir=/scratch/r1
+#   sbatch --partition=gpu --nodes=2 slurm/train_llama3_receipts.sh model.name_or_path=/models/llama3 output_dir=/scratch/r1
 #
 # What sbatch is told on its command line wins over the lines below. Arguments after the script are section.field=value of the
 # run file launch/runs/llama3_receipts.yaml; relative paths are taken from the folder in which sbatch was called. The same by
@@ -15,7 +15,7 @@
 #SBATCH --nodes=1
 # ranks a machine: one a GPU
 #SBATCH --ntasks-per-node=2
-# GPUs a machine; a type may be named: --gres=gpu:v100:2
+# GPUs a machine, or --gres=gpu:v100:2; to ask by --gpus-per-node or --gpus-per-task, give --gres=none too
 #SBATCH --gres=gpu:2
 # cores a rank: the optimizer steps on them (offload), loader workers run there
 #SBATCH --cpus-per-task=8
@@ -37,7 +37,7 @@
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: a job script: submit it with sbatch" >&2 && exit 2; }
 home="${VLMDIST_HOME:-}"
 if [[ -z $home ]]; then
-    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+    home="$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///p;q}')"
     while [[ $home == */slurm/* && ! -f $home/slurm/job.sh ]]; do home="${home%/slurm/*}"; done
     [[ -f $home/slurm/job.sh ]] || home="$SLURM_SUBMIT_DIR"
     while [[ $home == */* && ! -f $home/slurm/job.sh ]]; do home="${home%/*}"; done
@@ -46,8 +46,4 @@ fi
 # shellcheck source=slurm/job.sh
 source "$home/slurm/job.sh"
 
-run=("$home/launch/runs/llama3_receipts.yaml" "threads_per_rank=${SLURM_CPUS_PER_TASK:-1}") # CPU Adam steps on them
-[[ -z ${VLMDIST_MODEL:-} ]] || run+=("model.name_or_path=$VLMDIST_MODEL")
-[[ -z ${VLMDIST_DATA:-} ]] || run+=("data.train=$VLMDIST_DATA/train" "data.validation=$VLMDIST_DATA/validation" "data.test=$VLMDIST_DATA/test")
-[[ -z ${VLMDIST_OUT:-} ]] || run+=("output_dir=$VLMDIST_OUT")
-run_ranks train "${run[@]}" "$@"
+train_recipe "$home/launch/runs/llama3_receipts.yaml" "threads_per_rank=${SLURM_CPUS_PER_TASK:-1}" "$@" # CPU Adam steps on them

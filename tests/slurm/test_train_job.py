@@ -2,88 +2,37 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from jobs import (
+    ENVIRONMENT,
+    REPOSITORY,
+    SCRIPTS,
+    SETTINGS,
+    TWO_NODES,
+    assert_audit_is_clean,
+    losses,
+    losses_by_step,
+    rows,
+    starts,
+    submit_training,
+)
 from ranks import run_vlmdist
 from testbed import SlurmTestbed
-from tiny_models import make_tiny_llama
 
 pytestmark = pytest.mark.slurm
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "slurm" / "train_llama3_receipts.sh"
-WORDS = {"МОЛ": "Молоко", "СОК": "Сок", "ХЛ": "Хлеб", "ЧАЙ": "Чай"}
-BRANDS = ("Lipton", "Добрый", "Простоквашино", "-")
-SETTINGS = ("train.global_batch_size=8", "train.per_device_train_batch_size=2", "train.learning_rate=1e-2")
-ENVIRONMENT = {"VLMDIST_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def receipts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a tiny model (``model``) and shards (``train``, ``validation``, ``test``)."""
-    from vlmdist.data.shards.writer import ShardWriter
-
-    folder = tmp_path_factory.mktemp("receipts")
-    draw = random.Random(0)
-    texts = []
-    for split, num_samples in (("train", 64), ("validation", 8), ("test", 8)):
-        with ShardWriter(folder / split, max_samples_per_shard=20) as shards:
-            for i in range(num_samples):
-                short, brand = draw.choice(list(WORDS)), draw.choice(BRANDS)
-                question = f"{short} {brand.upper()} {i} шт"
-                answer = f"{WORDS[short]} {brand}##{WORDS[short]}##{brand}##Продукты"
-                texts += [question, answer]
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                shards.write(f"{split}{i:04d}", turns)
-    make_tiny_llama(folder / "model", texts, initializer_range=0.2)
-    return folder
-
-
-def submit(slurm: SlurmTestbed, receipts: Path, out: Path, *overrides: str, tasks_per_node: int = 1) -> int:
-    """Submit the script from an empty folder; model and data by environment, the size of the run by overrides."""
-    cwd = out.parent / "submitted-from"
-    cwd.mkdir()
-    # of the node's 16 fake cores a rank asks for one: what the ranks really share is this machine's
-    options = ("--nodes=2", f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1")
-    places = {"VLMDIST_MODEL": str(receipts / "model"), "VLMDIST_DATA": str(receipts), "VLMDIST_OUT": str(out)}
-    return slurm.sbatch(*options, SCRIPT, *SETTINGS, *overrides, cwd=cwd, env={**ENVIRONMENT, **places})
-
-
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row]
-
-
-def losses_by_step(run: Path) -> dict[int, float]:
-    """Steps done again after a restart count as they were the second time."""
-    return {row["step"]: row["loss"] for row in rows(run / "metrics.jsonl") if "loss" in row}
-
-
-def starts(run: Path) -> list[dict]:
-    return [row for row in rows(run / "steps.jsonl") if row.get("start")]
-
-
-def assert_audit_is_clean(run: Path) -> None:
-    from vlmdist.audit import audit_run, format_audit
-
-    facts = audit_run(run)
-    assert facts["clean"], format_audit(facts)
 
 
 @pytest.mark.timeout(600)  # the first run of all compiles DeepSpeed's CPU Adam
 def test_two_nodes_train_to_the_end_and_the_loss_falls(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["train.num_train_epochs=2", "train.logging_steps=1"]
-    if not shutil.which("c++"):
-        settings.append("train.deepspeed=zero2")  # CPU Adam, which the shipped zero2_offload needs, is compiled
-    job = submit(slurm, receipts, run, *settings, tasks_per_node=2)
+    if shutil.which("c++"):
+        settings.append("train.deepspeed=zero2_offload")  # as shipped; its CPU Adam is compiled
+    job = submit_training(slurm, receipts, run, *settings, options=TWO_NODES)
     assert slurm.wait(job, 540) == "COMPLETED", slurm.log(job)
     log = slurm.log(job)
     assert "4 ranks on 2" in log
@@ -100,14 +49,14 @@ def test_job_stopped_twice_comes_back_and_ends_as_if_undisturbed(
 ) -> None:
     run = tmp_path / "run"
     num_steps, saved_every = 24, 3
-    settings = [f"train.max_steps={num_steps}", f"train.save_steps={saved_every}", "train.deepspeed=zero2"]
-    job = submit(slurm, receipts, run, *settings)
+    settings = [f"train.max_steps={num_steps}", f"train.save_steps={saved_every}"]
+    job = submit_training(slurm, receipts, run, *settings)
 
     # as ahead of the time limit: to the batch shell alone, which passes it on and requeues the job itself
     slurm.wait_until(lambda: len(losses(run)) > saved_every + 1, job, 120)
     slurm.run("scancel", "--batch", "--signal=USR1", str(job))
     slurm.wait_until(lambda: len(starts(run)) == 2, job, 120)
-    assert "checkpoint saved; requeued" in slurm.log(job)
+    assert "stopped, and what was done is saved; requeued" in slurm.log(job)
     first_resumed = starts(run)[1]["resume_step"]
     assert saved_every < first_resumed < num_steps
 
@@ -136,7 +85,7 @@ def test_two_nodes_evaluate(slurm: SlurmTestbed, receipts: Path, tmp_path: Path)
     arguments = (f"model.name_or_path={receipts / 'model'}", f"data.test={receipts / 'test'}", f"output_dir={tmp_path}")
     arguments += ("evaluate.per_device_eval_batch_size=2", "evaluate.max_new_tokens=8")
     options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
-    script, run_file = REPOSITORY / "slurm" / "evaluate.sh", REPOSITORY / "launch" / "runs" / "llama3_receipts.yaml"
+    script, run_file = SCRIPTS / "evaluate.sh", REPOSITORY / "launch" / "runs" / "llama3_receipts.yaml"
     job = slurm.sbatch(*options, script, run_file, "--base", *arguments, cwd=tmp_path, env=ENVIRONMENT)
     assert slurm.wait(job, 240) == "COMPLETED", slurm.log(job)
     assert json.loads((tmp_path / "eval" / "base" / "scores.json").read_text())["num_samples"] == 8
@@ -148,7 +97,7 @@ def test_two_nodes_evaluate(slurm: SlurmTestbed, receipts: Path, tmp_path: Path)
 def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(
     slurm: SlurmTestbed, receipts: Path, tmp_path: Path
 ) -> None:
-    job = submit(slurm, receipts, tmp_path / "run", "train.learning_rat=1")
+    job = submit_training(slurm, receipts, tmp_path / "run", "train.learning_rat=1")
     assert slurm.wait(job, 120) == "FAILED"
     log = slurm.log(job)
     assert "did you mean 'learning_rate'" in log
@@ -159,6 +108,6 @@ def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(
 
 def test_script_outside_slurm_says_what_to_do() -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-    done = subprocess.run(["bash", SCRIPT], env=env, capture_output=True, text=True)
+    done = subprocess.run(["bash", SCRIPTS / "train_llama3_receipts.sh"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "sbatch" in done.stderr

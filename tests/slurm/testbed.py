@@ -24,7 +24,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 _SLURM_CONF = """\
 ClusterName=lab
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={ctld_port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -111,10 +111,7 @@ class SlurmTestbed:
 
     def start(self, timeout_s: float = 30) -> None:
         """Start the daemons and wait until every node is idle."""
-        for name in ("ctld", "spool", "log", "bin", *(f"spool/{n}" for n in self.nodes)):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for name, program in self.binaries.programs.items():
-            (self.folder / "bin" / name).symlink_to(program)
+        self._make_folders()
         self._write_configuration()
         programs = self.binaries.programs
         self._start_daemon("slurmctld", [programs["slurmctld"], "-c", "-D"])
@@ -122,8 +119,7 @@ class SlurmTestbed:
             # -d: the unpacked slurmd looks for its slurmstepd where the package would have put it
             stepd = ["-d", programs["slurmstepd"]] if "slurmstepd" in programs else []
             self._start_daemon(f"slurmd.{node}", [programs["slurmd"], "-D", "-N", node, *stepd])
-        idle = f"idle {len(self.nodes)}"
-        self._until(lambda: self._sinfo() == idle, timeout_s, lambda: f"nodes are {self._sinfo()!r}\n{self._logs()}")
+        self._wait_until_idle(timeout_s)
 
     def stop(self) -> None:
         """End all jobs, then the daemons; nothing of this cluster is left running, whatever state it was in."""
@@ -161,22 +157,27 @@ class SlurmTestbed:
         output = self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env)
         return int(output.strip().split(";")[0])
 
-    def state(self, job: int) -> str:
-        """RUNNING, COMPLETED, ...: as Slurm calls it."""
+    def state(self, job: int | str) -> str:
+        """RUNNING, COMPLETED, ...: as Slurm calls it. Of an array, one task: "12_3"."""
         return self.facts(job)["JobState"]
 
-    def facts(self, job: int) -> dict[str, str]:
+    def facts(self, job: int | str) -> dict[str, str]:
         """What ``scontrol show job`` says."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", str(job))))
 
-    def wait(self, job: int, timeout_s: float = 120) -> str:
+    def node_names(self, job: int) -> list[str]:
+        """The nodes of a job, in order."""
+        nodes = re.findall(r" NodeList=(\S+)", self.run("scontrol", "show", "job", "--oneliner", str(job)))
+        return self.run("scontrol", "show", "hostnames", nodes[0]).split()
+
+    def wait(self, job: int | str, timeout_s: float = 120) -> str:
         """Wait for the end of a job; returns its last state. TimeoutError with its log where it takes too long."""
         self._until(
             lambda: self.state(job) in ENDED, timeout_s, lambda: f"{self.facts(job)}\n{self.log(job)}", every_s=0.5
         )
         return self.state(job)
 
-    def wait_until(self, condition: Callable[[], bool], job: int, timeout_s: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], job: int | str, timeout_s: float = 60) -> None:
         """Wait for something a job does; TimeoutError with its log where it ends before, or takes too long."""
 
         def happened() -> bool:
@@ -188,7 +189,7 @@ class SlurmTestbed:
 
         self._until(happened, timeout_s, lambda: f"job {job} is {self.state(job)}\n{self.log(job)}", every_s=0.3)
 
-    def log(self, job: int) -> str:
+    def log(self, job: int | str) -> str:
         file = Path(self.facts(job)["StdOut"])
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else f"({file} does not exist)"
 
@@ -201,8 +202,20 @@ class SlurmTestbed:
         timeout_s: float = 60,
     ) -> str:
         """Run one of Slurm's programs; returns its standard output. An error of it is shown as it is."""
+        return self._run([self.binaries.programs[program]], arguments, cwd, env, timeout_s)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        command: Sequence[str | Path],
+        arguments: Sequence[str | Path],
+        cwd: Path | None,
+        env: Mapping[str, str] | None,
+        timeout_s: float,
+    ) -> str:
         done = subprocess.run(
-            [self.binaries.programs[program], *map(str, arguments)],
+            [*map(str, command), *map(str, arguments)],
             cwd=cwd or self.folder,
             env={**self.environment, **(env or {})},
             capture_output=True,
@@ -210,22 +223,41 @@ class SlurmTestbed:
             timeout=timeout_s,
         )
         if done.returncode:
-            raise SlurmError(f"{program} {' '.join(map(str, arguments))}: {done.stderr.strip() or done.returncode}")
+            what = " ".join([Path(command[-1]).name, *map(str, arguments)])
+            raise SlurmError(f"{what}: {done.stderr.strip() or done.returncode}")
         return done.stdout
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    def _make_folders(self) -> None:
+        for name in ("ctld", "spool", "log", "bin", *(f"spool/{n}" for n in self.nodes)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for name, program in self.binaries.programs.items():
+            (self.folder / "bin" / name).symlink_to(program)
+
+    def _wait_until_idle(self, timeout_s: float) -> None:
+        idle = f"idle {len(self.nodes)}"
+        self._until(lambda: self._sinfo() == idle, timeout_s, lambda: f"nodes are {self._sinfo()!r}\n{self._logs()}")
+
+    def _node_line(self, node: str, host: str, port: int) -> str:
+        return f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+
+    def _controller(self, host: str) -> str:
+        return f"{host}(127.0.0.1)"
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().split(".")[0]
         ctld_port, *node_ports = free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=256000 "
-            "Gres=gpu:v100:2 Feature=v100 State=UNKNOWN"
+            f"{self._node_line(node, host, port)} CPUs=16 RealMemory=256000 Gres=gpu:v100:2 Feature=v100 State=UNKNOWN"
             for node, port in zip(self.nodes, node_ports, strict=True)
         )
         plugin_dir = f"PluginDir={self.binaries.plugin_dir}" if self.binaries.plugin_dir else ""
         text = _SLURM_CONF.format(
-            host=host, ctld_port=ctld_port, user=user_name(), folder=self.folder, plugin_dir=plugin_dir, nodes=nodes
+            controller=self._controller(host),
+            ctld_port=ctld_port,
+            user=user_name(),
+            folder=self.folder,
+            plugin_dir=plugin_dir,
+            nodes=nodes,
         )
         self.conf.write_text(text, encoding="utf-8")
         # a GPU needs a File that is a device: with a count alone the node is drained
