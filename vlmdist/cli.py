@@ -284,7 +284,7 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.distributed import adopt_slurm_environment
-    from vlmdist.train.signals import StoppedAtStart, StopSignal
+    from vlmdist.train.signals import StoppedAtOnce, StopSignal
 
     try:
         with StopSignal() as stop:  # from the first moment: the imports alone take seconds
@@ -294,28 +294,33 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
             from vlmdist.train.loop import train
 
             train(config, stop)
-    except StoppedAtStart:
+    except StoppedAtOnce:
         raise StopRequested("asked to stop before the first step: nothing to save; run again to begin") from None
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
     from vlmdist.distributed import adopt_slurm_environment
+    from vlmdist.train.signals import StoppedAtOnce, StopSignal
 
-    adopt_slurm_environment()
-    config = load_run(arguments.run_file, overrides)
-    _quiet_libraries()
-    from vlmdist.evaluate.run import evaluate_run
-    from vlmdist.evaluate.scores import format_scores
+    try:
+        with StopSignal():  # batches are written whole, so a stop may come at any moment
+            adopt_slurm_environment()
+            config = load_run(arguments.run_file, overrides)
+            _quiet_libraries()
+            from vlmdist.evaluate.run import evaluate_run
+            from vlmdist.evaluate.scores import format_scores
 
-    scores = evaluate_run(
-        config,
-        checkpoint=arguments.checkpoint,
-        base=arguments.base,
-        name=arguments.name,
-        few_shot=arguments.few_shot,
-        split=arguments.split,
-    )
+            scores = evaluate_run(
+                config,
+                checkpoint=arguments.checkpoint,
+                base=arguments.base,
+                name=arguments.name,
+                few_shot=arguments.few_shot,
+                split=arguments.split,
+            )
+    except StoppedAtOnce:
+        raise StopRequested("asked to stop: the finished batches are kept; run again to go on") from None
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(scores) if arguments.json else format_scores(scores))
 

@@ -11,7 +11,7 @@ from vlmdist.distributed import World
 from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
 from vlmdist.run_folder import RunFolder
 from vlmdist.train.metrics import write_to_log
-from vlmdist.train.signals import StoppedAtStart
+from vlmdist.train.signals import StoppedAtOnce
 from vlmdist.train.watch.heartbeat import Heartbeat
 from vlmdist.train.watch.watch import Limits, Watch
 
@@ -40,7 +40,7 @@ def ending_together(watch: Watch) -> Iterator[None]:
     except StopRequested:
         watch.goodbye()
         raise
-    except StoppedAtStart:
+    except StoppedAtOnce:
         watch.failed("asked to stop while starting", StopRequested.exit_code)
         raise
     except (UserError, RunFailed) as e:  # mostly found by all ranks together

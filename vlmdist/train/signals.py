@@ -1,8 +1,9 @@
 """Being asked to stop: SIGUSR1 (Slurm, ahead of the time limit), SIGTERM (preemption, scancel, torchrun), and the end
 of the Slurm allocation.
 
-Until the engine is built there is nothing to save: the signal ends the rank at once, from wherever it is. From then on
-the handler only notes it; the loop asks after every micro-step whether any rank was asked, and all stop together.
+Until the engine is built (and in an evaluation) there is nothing to save: the signal ends the rank at once, from
+wherever it is. From then on the handler only notes it; the loop asks after every micro-step whether any rank was asked,
+and all stop together.
 """
 
 import os
@@ -19,8 +20,11 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _STUCK_AFTER_S = 3
 
 
-class StoppedAtStart(BaseException):
-    """Asked to stop before there was anything to save. Not an Exception: no library may catch it."""
+class StoppedAtOnce(BaseException):
+    """Asked to stop where there is nothing to save. Not an Exception: no library may catch it."""
+
+    def __str__(self) -> str:
+        return "asked to stop"
 
 
 class StopSignal:
@@ -67,7 +71,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if self._starting:
-            raise StoppedAtStart
+            raise StoppedAtOnce
 
     def _watch_wakeups(self) -> None:
         """A rank that waits for the others inside a library's C code never comes to its handler: a thread ends it."""
