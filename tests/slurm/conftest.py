@@ -1,6 +1,7 @@
 """The Slurm clusters that the tests of this folder share."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ def rack(binaries: SlurmBinaries, tmp_path_factory: pytest.TempPathFactory) -> I
         pytest.skip("nodes with networks of their own need root and unshare, nsenter and ip (util-linux, iproute2)")
     folder = Path(tempfile.mkdtemp(prefix="rack-"))
     try:
-        with Rack(binaries, folder, shared=[tmp_path_factory.getbasetemp()]) as cluster:
+        # the project too, wherever it was checked out
+        shared = [tmp_path_factory.getbasetemp(), REPOSITORY, Path(sys.prefix), binaries.programs["slurmd"].parents[2]]
+        with Rack(binaries, folder, shared=[p for p in shared if p.is_relative_to("/tmp")]) as cluster:
             yield cluster
     finally:
         remove(folder)
