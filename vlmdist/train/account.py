@@ -1,6 +1,7 @@
 """What goes wrong in a step: samples that can't be used, numbers that aren't finite. Counted, named, bounded."""
 
 import math
+from typing import NoReturn
 
 from vlmdist.data.stream import Step
 from vlmdist.errors import RunFailed
@@ -23,17 +24,16 @@ def account_bad_samples(t: Training, step: Step, exchanged: Exchanged) -> None:
     if t.config.data.too_long == "refuse":
         long = [row for row in fresh if row["why"].startswith("too long")]
         if long:
-            t.saver.finish()
-            raise RunFailed(f"{long[0]['key']} in {long[0]['shard']} is {long[0]['why']} (data.too_long: refuse)")
+            _end_run(t, f"{long[0]['key']} in {long[0]['shard']} is {long[0]['why']} (data.too_long: refuse)")
     num_samples = sum(len(c) for c in t.corpora)
     allowed = math.ceil(t.config.data.max_bad_fraction * num_samples)
     if len(t.state.bad) > allowed:
-        t.saver.finish()
-        raise RunFailed(
+        _end_run(
+            t,
             f"{len(t.state.bad)} bad samples of {num_samples}, more than data.max_bad_fraction "
             f"{t.config.data.max_bad_fraction} allows ({allowed}). The newest: "
             + "; ".join(f"{row['key']} ({row['why']})" for row in fresh[:5])
-            + f". All of them: {t.run.bad_samples_file}"
+            + f". All of them: {t.run.bad_samples_file}",
         )
 
 
@@ -48,8 +48,14 @@ def count_nonfinite(t: Training, step: Step, exchanged: Exchanged, applied: bool
     log.warning("step %d skipped: loss or gradient is not finite; its samples: %s", step.number, keys)
     scaled = bool(t.engine.fp16_enabled())  # fp16 overflows are the loss scaler's ordinary work
     if t.state.nonfinite_in_a_row >= t.config.train.max_nonfinite_steps * (10 if scaled else 1):
-        t.saver.finish()  # all ranks end here together: what was good is not lost
-        raise RunFailed(
+        _end_run(
+            t,
             f"{t.state.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite; "
-            "the last checkpoint is kept. Lower train.learning_rate, or look at the samples named in train.log"
+            "the last checkpoint is kept. Lower train.learning_rate, or look at the samples named in train.log",
         )
+
+
+def _end_run(t: Training, why: str) -> NoReturn:
+    """All ranks end here together: a save in progress is finished first, what was good is not lost."""
+    t.saver.finish()
+    raise RunFailed(why)

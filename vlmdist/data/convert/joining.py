@@ -16,11 +16,11 @@ from vlmdist.data.shards.index_file import (
     IndexTables,
     fingerprint_of,
     read_index,
-    sync_folder,
     write_index,
 )
 from vlmdist.data.shards.tar_samples import shard_facts
 from vlmdist.data.shards.tar_writer import end_of_tar, padded
+from vlmdist.run_folder import sync_folder
 
 _COPY_BYTES = 4 << 20
 

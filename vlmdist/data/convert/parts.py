@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdist.data.convert.corpora import Row, read_bytes
-from vlmdist.data.shards.index_file import sync_folder
 from vlmdist.data.shards.writer import ShardWriter
 from vlmdist.errors import BadSample, RunFailed
+from vlmdist.run_folder import sync_folder
 
 PART_FILE = "part.json"
 Report = Callable[[int, int], None]

@@ -15,9 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlmdist.data.shards.index_file import sync_folder
 from vlmdist.errors import RunFailed, UserError
-from vlmdist.run_folder import replace_file_text
+from vlmdist.run_folder import replace_file_text, sync_folder
 
 _NAMED_DIFFERENCES = 5
 

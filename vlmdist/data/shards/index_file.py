@@ -24,6 +24,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from vlmdist.errors import UserError
+from vlmdist.run_folder import sync_folder
 
 INDEX_NAME = "index.vlmdist"
 VERSION = 1
@@ -93,15 +94,6 @@ def write_index(folder: Path, tables: IndexTables) -> Path:
     except OSError as e:
         raise UserError(f"{target}: the index can't be written: {e.strerror or e}") from None
     return target
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside the folder last through a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def read_index(file: Path) -> IndexTables:

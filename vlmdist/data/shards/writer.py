@@ -13,12 +13,13 @@ from typing import Any, BinaryIO
 
 from vlmdist.allocator import keep_freed_memory
 from vlmdist.data.images.decode import read_image_size
-from vlmdist.data.shards.index_file import INDEX_NAME, sync_folder, write_index
+from vlmdist.data.shards.index_file import INDEX_NAME, write_index
 from vlmdist.data.shards.index_rows import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, IndexRows, text_bytes_of
 from vlmdist.data.shards.tar import BLOCK_BYTES
 from vlmdist.data.shards.tar_samples import MemberBytes, list_shards, shard_facts
 from vlmdist.data.shards.tar_writer import TarWriter, padded
 from vlmdist.errors import BadSample, RunFailed, UserError
+from vlmdist.run_folder import sync_folder
 from vlmdist.sample import parse_record
 
 _KEY = re.compile(r"[\w-]+")

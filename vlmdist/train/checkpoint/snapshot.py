@@ -6,6 +6,7 @@ forward and backward, and only the next update waits for it.
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -83,8 +84,8 @@ def available_host_bytes() -> int:
     available = psutil.virtual_memory().available
     for folder in _cgroup_folders():
         try:
-            limit = (open(os.path.join(folder, "memory.max")).read()).strip()  # noqa: SIM115
-            used = int(open(os.path.join(folder, "memory.current")).read())  # noqa: SIM115
+            limit = Path(folder, "memory.max").read_text(encoding="ascii").strip()
+            used = int(Path(folder, "memory.current").read_text(encoding="ascii"))
         except (OSError, ValueError):
             continue
         if limit != "max":
@@ -95,10 +96,10 @@ def available_host_bytes() -> int:
 def _cgroup_folders() -> list[str]:
     """This process's control group (v2) and those around it; empty where there are none."""
     try:
-        with open("/proc/self/cgroup", encoding="utf-8") as f:
-            path = next((line[3:].strip() for line in f if line.startswith("0::")), None)
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+    path = next((line[3:] for line in lines if line.startswith("0::")), None)
     folders = []
     while path:
         folders.append(f"/sys/fs/cgroup{path}")
