@@ -46,6 +46,11 @@ setup(
         "remote": ["aiohttp>=3.9", "s3fs>=2025.3"],
         # shards/label_with_teacher.py: any endpoint that speaks OpenAI's protocol
         "teacher": ["openai>=1.50"],
+        # --model vlmdist of lmms-eval. It pins much (0.7.3: protobuf below 7, which launch/constraints.txt is not);
+        # tests/bridges/requirements.txt is the least that runs it beside the constraints
+        "lmms-eval": ["lmms-eval>=0.7.3"],
+        # `vlmdist predictions --to vlmevalkit` as a workbook; .tsv needs nothing
+        "vlmevalkit": ["XlsxWriter>=3.1"],
         # coverage-guided fuzzing: tests/fuzz/
         "fuzz": ["atheris>=2.3"],
         "test": [
@@ -56,6 +61,7 @@ setup(
             "import-linter>=2.0",
             "moto[s3]>=5.0",
             "mypy>=1.11",
+            "openpyxl>=3.1",
             "openai>=1.50",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
@@ -67,7 +73,11 @@ setup(
             "types-psutil",
             "types-PyYAML",
             "types-tqdm",
+            "XlsxWriter>=3.1",
         ],
     },
-    entry_points={"console_scripts": ["vlmdist = vlmdist.cli:run_and_exit"]},
+    entry_points={
+        "console_scripts": ["vlmdist = vlmdist.cli:run_and_exit"],
+        "lmms_eval.models": ["vlmdist = vlmdist.bridges.lmms_eval:MANIFEST"],
+    },
 )

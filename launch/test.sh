@@ -9,4 +9,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 set_up
+# lmms-eval, for the test that really runs it; without its dependencies, which would change what was tested together
+lmms="$VLMDIST_HOME/tests/bridges/requirements.txt"
+if ! cmp -s "$lmms" "$vlmdist_venv/.lmms-eval"; then
+    pip_install "$vlmdist_venv/set-up.log" --no-deps -r "$lmms"
+    cp "$lmms" "$vlmdist_venv/.lmms-eval"
+fi
 exec bash "$VLMDIST_HOME/launch/check.sh" "$@"

@@ -24,8 +24,10 @@ def common_subsequence_length(a: str, b: str) -> int:
 
 def ratio(a: str, b: str) -> int:
     total = len(a) + len(b)
-    exact = Fraction(200 * common_subsequence_length(a, b), total) if total else Fraction(100)
-    return round(exact)  # halves to the even neighbour, as Python's round of the float does
+    indel = total - 2 * common_subsequence_length(a, b)
+    # the published scorer divides and subtracts floats in this order, which decides what a half is rounded to: 2.5 is
+    # 2.500000000000002 there, and rounds to 3
+    return round((1.0 - indel / total) * 100) if total else 100
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -177,6 +177,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--metric", help="name of a metric (default: what both were scored with)")
     as_json(sub)
 
+    sub = command("predictions", _predictions, "the answers of an evaluation as lmms-eval's or VLMEvalKit's files")
+    sub.add_argument("folder", type=Path, metavar="EVAL", help="folder RUN/eval/NAME")
+    sub.add_argument("--to", required=True, choices=("lmms-eval", "vlmevalkit"), help="whose form")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="lmms-eval: a folder; vlmevalkit: FILE.xlsx or FILE.tsv"
+    )
+    sub.add_argument("--shards", help="the corpus that was evaluated (default: the one in the run's run.yaml)")
+    as_json(sub)
+
     sub = command("audit", _audit, "prove from the run's own log that every sample was taken exactly once")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     as_json(sub)
@@ -337,6 +346,13 @@ def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     facts = compare_evaluations(arguments.a, arguments.b, arguments.metric)
     print(json.dumps(facts) if arguments.json else format_comparison(facts))
+
+
+def _predictions(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.bridges.predictions import convert_predictions, format_conversion
+
+    facts = convert_predictions(arguments.folder, arguments.to, arguments.out, arguments.shards)
+    print(json.dumps(facts) if arguments.json else format_conversion(facts))
 
 
 def _audit(arguments: argparse.Namespace, overrides: list[str]) -> int:

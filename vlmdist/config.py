@@ -170,15 +170,21 @@ class TrainConfig(_Section):
     """Steps between validation losses (also at the end); null: only at the end, where there is a validation corpus."""
     max_eval_samples: int | None = Field(None, ge=1)
     """Validation samples used for the loss; null: all."""
+    generate_samples: int | None = Field(None, ge=1)
+    """So many samples, spread evenly over data.validation, are answered while training and scored as the evaluate
+    section says (validation_score and the metric's other figures); null: none. Not under ZeRO-3."""
+    generate_steps: int | None = Field(None, ge=1)
+    """Steps between these answers (also at the end); null: whenever the validation loss is measured."""
     save_steps: int = Field(500, ge=1)
     """Steps between checkpoints (also at the end)."""
     save_total_limit: int = Field(2, ge=1)
     """Newest checkpoints kept; the best one is kept beside them."""
     metric_for_best_model: str | None = None
-    """Name of a figure measured in validation (validation_loss). A checkpoint is saved whenever it is better than ever,
-    and that one is kept; checkpoints/best names it."""
+    """Name of a figure measured in validation: validation_loss; with generate_samples also validation_score,
+    validation_exact and what else evaluate.metric measures. A checkpoint is saved whenever it is better than ever, and
+    that one is kept; checkpoints/best names it."""
     greater_is_better: bool | None = None
-    """Of metric_for_best_model; null: true unless its name has "loss" in it."""
+    """Of metric_for_best_model; null: true unless its name has "loss" or "error" in it."""
     max_nonfinite_steps: int = Field(5, ge=1)
     """Steps in a row with a NaN or infinite loss or gradient (each is skipped and counted) that end the run."""
     stop_margin_s: float = Field(60, ge=0)
@@ -194,7 +200,7 @@ class TrainConfig(_Section):
     def best_is_greater(self) -> bool:
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return "loss" not in (self.metric_for_best_model or "")
+        return not any(word in (self.metric_for_best_model or "") for word in ("loss", "error"))
 
 
 class EvaluateConfig(_Section):
@@ -208,6 +214,22 @@ class EvaluateConfig(_Section):
     """Only the first so many samples of the corpus; null: all."""
     max_image_tiles: int | None = Field(None, ge=1)
     """In place of prompt.max_image_tiles when answers are scored; null: the same."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates: transformers, or vLLM where it is installed (the same prompts and the same reading of answers;
+    other kernels, so its answers are compared with its own)."""
+    merged: bool = False
+    """Answer with the base unquantized, in the arithmetic of the step, and the adapters merged into it, as
+    ``vlmdist export --merge`` writes it; false: as trained, beside the base as model.quantization holds it."""
+    stop_when_answered: bool = False
+    """End an answer as soon as what the metric reads is complete (the JSON object closes, the line of ## fields ends):
+    spares the tokens of a model that talks on. The published scores are taken without."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Keys and values of the tokens so far: grown as needed, or of full length from the start, which lets transformers
+    compile the decoding step on a GPU."""
+    instruction: str | None = None
+    """System message for a model that is asked untrained (--base) or with worked examples (--few-shot)."""
+    few_shot_template: str | None = None
+    """In place of prompt.template with --few-shot; null: the same."""
 
 
 class RunConfig(_Section):

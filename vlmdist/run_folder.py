@@ -8,25 +8,29 @@ steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` r
 bad_samples.jsonl     samples left out: shard, key, why
 tensorboard/
 checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
+generated/step-000100.jsonl   answers to train.generate_samples after that step, as in predictions.jsonl; all are kept
 hangs/TIME/           stacks of every rank, where one was late
 eval/NAME/            predictions.jsonl, scores.json
 report.html
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from vlmdist.errors import UserError
 
 MANIFEST = "manifest.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name
 _STAGING_PREFIX = ".staging-"
 
 
@@ -99,6 +103,9 @@ class RunFolder:
     @property
     def report_file(self) -> Path:
         return self.path / "report.html"
+
+    def generated_file(self, step: int) -> Path:
+        return self.path / "generated" / f"step-{step:06d}.jsonl"
 
     def checkpoint_dir(self, step: int) -> Path:
         return self.checkpoints_dir / f"step-{step:06d}"
@@ -259,6 +266,24 @@ def replace_file_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(staging, path)
+
+
+def keep_others_out(file: Path, wait_s: float = 10.0) -> TextIO:
+    """Lock a file of ours until the returned handle is closed; BlockingIOError where another process has the lock.
+
+    wait_s: the processes of a killed run may still be going. The kernel gives the lock back, however a process ends.
+    """
+    handle = open(file, "w")  # noqa: SIM115 - the lock goes with the file, so it stays open
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit this kind of lock
+            return handle
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline_s:
+                handle.close()
+                raise BlockingIOError from None
+            time.sleep(0.5)
 
 
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_families import make_llava, picture
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from vlmdist.config import ModelConfig
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample
 from vlmdist.evaluate.generate import generate_batch
+from vlmdist.model.load import load_processor
+from vlmdist.sample import ImagePart, Message, Sample, TextPart
 
 MAX_NEW_TOKENS = 20
 
@@ -65,3 +69,18 @@ def test_an_answer_ends_at_its_stop_token(asked):
         patch.setattr(Prompter, "stop_token_ids", property(lambda self: [first]))
         assert generate_batch(model, prompter, questions[:1], MAX_NEW_TOKENS) == [""]
     assert free != ""
+
+
+def test_images_go_through_the_vision_tower_once(tmp_path):
+    """With the question, not again for every token; and the whole batch in one call."""
+    make_llava(tmp_path)
+    config = ModelConfig(name_or_path=str(tmp_path), precision="fp32")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompter = Prompter(load_processor(config), None, "assistant", 512)
+    shown = Message("user", (ImagePart(0), TextPart("what is it?")))
+    samples = [Sample(i, str(i), (shown,), (picture(i, 40, 50),)) for i in range(3)]
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda _, inputs, out: calls.append(out))
+    generate_batch(model, prompter, [prompter.encode_question(s) for s in samples], MAX_NEW_TOKENS)
+    assert len(calls) == 1
+    assert calls[0].last_hidden_state.shape[0] == 3

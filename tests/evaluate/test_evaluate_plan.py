@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdist.evaluate.plan import assign_batches, batch_costs, cut_batches
+from vlmdist.evaluate.plan import batch_costs, cut_batches, dearest_first
 
 SAMPLES = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 3), st.integers(0, 10**7)), min_size=1, max_size=60)
 
@@ -20,19 +20,23 @@ def test_batches_hold_every_sample_once(samples, batch_size):
     assert len(batches) == full
 
 
-@given(SAMPLES, st.integers(1, 5), st.integers(1, 8))
+@given(SAMPLES, st.integers(1, 5), st.lists(st.floats(0.05, 1.0), min_size=1, max_size=8))
 @settings(max_examples=100)
-def test_every_batch_left_goes_to_one_rank(samples, batch_size, num_ranks):
+def test_handed_out_one_by_one_no_rank_is_behind_by_more_than_a_batch(samples, batch_size, speeds):
     text, images, pixels = zip(*samples, strict=True)
     batches = cut_batches(text, images, pixels, batch_size)
     left = list(range(0, len(batches), 2))
     costs = batch_costs(batches, text, pixels)
-    ranks = assign_batches(left, costs, num_ranks)
-    assert len(ranks) == num_ranks
-    assert sorted(n for mine in ranks for n in mine) == left
-    loads = [sum(costs[n] for n in mine) for mine in ranks]
-    # Graham's bound: no rank is over the mean by more than one batch
-    assert max(loads) <= sum(costs[n] for n in left) / num_ranks + max(costs[n] for n in left)
+    queue = dearest_first(left, costs)
+    assert sorted(queue) == left
+    assert [costs[n] for n in queue] == sorted((costs[n] for n in left), reverse=True)
+    # ranks of unlike speed, each taking the next batch when it is free
+    free_at = [0.0] * len(speeds)
+    for n in queue:
+        rank = min(range(len(speeds)), key=lambda r: free_at[r])
+        free_at[rank] += costs[n] / speeds[rank]
+    even = sum(costs[n] for n in left) / sum(speeds)
+    assert max(free_at) <= even + max(costs[n] for n in left) / min(speeds) + 1e-6
 
 
 def test_like_samples_share_a_batch():

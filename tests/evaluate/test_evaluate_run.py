@@ -109,7 +109,7 @@ def test_a_finished_evaluation_is_scored_again_without_the_model(run_file, monke
     before = _bytes(folder)
     assert first["num_generated"] == 23
     assert first["num_errors"] == 1
-    monkeypatch.setattr(evaluate_module, "Answerer", _no_model)
+    monkeypatch.setattr(evaluate_module, "open_engine", _no_model)
     again = evaluate_run(load_run(run_file), base=True)
     assert again["num_generated"] == 0
     assert _bytes(folder) == before
@@ -150,14 +150,16 @@ def test_a_sample_that_the_model_refuses_is_found_and_named(run_file, monkeypatc
     real = generate.generate_batch
     whole = evaluate_run(load_run(run_file), base=True)
 
-    def refusing(model, prompter, questions, max_new_tokens):
+    def refusing(model, prompter, questions, *settings, **options):
         if any(len(q.input_ids) == refused for q in questions):
             raise ValueError("image features and image tokens do not match")
-        return real(model, prompter, questions, max_new_tokens)
+        return real(model, prompter, questions, *settings, **options)
 
     lengths = []
     monkeypatch.setattr(
-        generate, "generate_batch", lambda m, p, qs, n: lengths.extend(map(_length, qs)) or real(m, p, qs, n)
+        generate,
+        "generate_batch",
+        lambda m, p, qs, *s, **o: lengths.extend(map(_length, qs)) or real(m, p, qs, *s, **o),
     )
     evaluate_run(load_run(run_file), base=True, name="lengths")
     refused = max(lengths)
@@ -179,7 +181,7 @@ def _length(question):
     ("options", "overrides", "message"),
     [
         ({}, [], "no whole checkpoint"),
-        ({"base": True, "few_shot": 2}, [], "--few-shot: not available yet"),
+        ({"base": True, "few_shot": 2}, [], "has only 0 samples with an answer that ask about nothing"),
         ({"base": True, "split": "train"}, [], "test, validation"),
         ({"base": True, "name": "../x"}, [], "without slashes"),
         ({"base": True}, ["data.test=null"], "data.test: not set"),

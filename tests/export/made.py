@@ -81,7 +81,7 @@ class Answer(NamedTuple):
 
 def evaluators_answers(config: RunConfig, checkpoint: Path | None, questions: list[Question]) -> list[Answer]:
     """Each question by itself, as the evaluator answers it."""
-    model, processor = load_for_evaluation(config, checkpoint, CPU)
+    model, processor = load_for_evaluation(config, CPU, checkpoint=checkpoint)
     prompter = Prompter.for_run(processor, config, evaluation=True)
     decode, generated = prompter.decode_answer, []
 

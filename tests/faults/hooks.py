@@ -8,6 +8,7 @@ create            before such a file is opened for writing
 remove            before such a file or folder is removed
 read              before a sample is read, by the rank or by a loader worker: that process is the one that is killed
 forward           the forward of a micro-batch in training; validation: in validation
+generation        before a batch of validation samples is answered
 exchange          before the ranks tell each other what they have in hand
 collective        an all-reduce, of gradients or figures
 """
@@ -31,6 +32,7 @@ import torch.distributed
 
 from vlmdist import distributed
 from vlmdist.data.shards.corpus import Corpus
+from vlmdist.evaluate import generate
 from vlmdist.train import loss
 
 FILE_POINTS = ("rename", "renamed", "fsync", "torn", "create", "remove")
@@ -40,6 +42,7 @@ POINTS = FILE_POINTS + STEP_POINTS
 _CALLS: dict[str, tuple[ModuleType, str]] = {
     "forward": (loss, "token_loss_sum"),
     "validation": (loss, "token_loss_sum"),
+    "generation": (generate, "generate_batch"),
     "exchange": (distributed, "gather_tensors"),
     "collective": (torch.distributed, "all_reduce"),
 }

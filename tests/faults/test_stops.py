@@ -89,6 +89,34 @@ def test_stopped_in_every_phase(
     assert_ends_as_undisturbed(nursery, file, folder, whole_of_two)
 
 
+@pytest.mark.parametrize(
+    ("passage", "rank", "signum"),
+    [(3, 0, signal.SIGTERM), pytest.param(5, 1, signal.SIGUSR1, marks=pytest.mark.slow)],
+)
+def test_stopped_while_validation_samples_are_answered(
+    nursery: Nursery,
+    tiny_world: Path,
+    tmp_path: Path,
+    whole_of_two: Undisturbed,
+    passage: int,
+    rank: int,
+    signum: signal.Signals,
+) -> None:
+    """The answers are due again, and the run ends in the bits of one that was never asked for any."""
+    folder = tmp_path / "run"
+    file = write_run_file(tiny_world, folder, generate_samples=5)  # 2 batches, one a rank
+    ask = {"point": "generation", "passages": [passage], "under": "/", "signum": signum, "everyone": False}
+    run = nursery.start(2, ["train", file], [Patch(rank, "more_hooks:ask_to_stop", ask)])
+    assert_stopped(run)
+    step = 5 * passage
+    assert assert_whole(folder) == step
+    assert not RunFolder(folder).generated_file(step).exists()
+    assert_ends_as_undisturbed(nursery, file, folder, whole_of_two)
+    scored = [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if "validation_score" in row]
+    assert scored == [*range(5, 42, 5), 42]
+    assert len(list((folder / "generated").iterdir())) == len(scored)
+
+
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda s: s.name)
 @pytest.mark.parametrize("everyone", [True, False])
 def test_stopped_while_the_model_is_loaded(

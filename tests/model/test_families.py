@@ -403,7 +403,7 @@ class TokensOf(Prompter):
 
 
 def test_a_batch_answers_as_each_question_alone(made: Made) -> None:
-    model, _ = load_for_evaluation(made.config(), None, CPU)
+    model, _ = load_for_evaluation(made.config(), CPU)
     prompter = TokensOf(made.prompter)
     questions = [prompter.encode_question(sample) for sample in samples_for(made.tiny)]
     assert len({len(q.input_ids) for q in questions}) >= 3

@@ -153,8 +153,8 @@ def test_trained_weights_come_back(tiny_world: Path, tmp_path: Path) -> None:
                 p.add_(torch.full_like(p, 0.1) if "lora_B" in name else 0)
     weights = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
     save_file(weights, tmp_path / "trainable.safetensors")
-    loaded, _ = load_for_evaluation(config, tmp_path, CPU)
-    base, _ = load_for_evaluation(config, None, CPU)
+    loaded, _ = load_for_evaluation(config, CPU, checkpoint=tmp_path)
+    base, _ = load_for_evaluation(config, CPU)
     ids = torch.arange(5, 25).reshape(1, 20)
     trained.eval()
     with torch.no_grad():

@@ -318,7 +318,7 @@ def test_a_projector_stage_then_a_lora_stage(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "parts")
     kept = load_file(checkpoint / TRAINABLE_WEIGHTS)
     config = RunConfig.model_validate(load_tree(checkpoint))
-    scored = load_for_evaluation(config, checkpoint, CPU)[0].state_dict()
+    scored = load_for_evaluation(config, CPU, checkpoint=checkpoint)[0].state_dict()
     export_run(tmp_path / "parts", tmp_path / "merged", merge=True)
     from transformers import AutoModelForImageTextToText
 

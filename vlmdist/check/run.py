@@ -204,16 +204,10 @@ def _check_test_corpus(config: RunConfig, report: Report) -> None:
             Corpus.open(config.data.test, RemoteAccess.for_run(config.data))
         except UserError as e:
             report.problems += [f"data.test: {p}" for p in e.problems]
-    if config.evaluate.metric not in METRICS:
+    if config.evaluate.metric not in METRICS and config.train.generate_samples is None:  # else told with that
         report.problems.append(
             f"evaluate.metric: no metric is called {config.evaluate.metric!r}; there are: {', '.join(METRICS)}"
         )
-    best = config.train.metric_for_best_model
-    if best is not None and (best != "validation_loss" or config.data.validation is None):
-        reason = (
-            "validation measures validation_loss" if best != "validation_loss" else "data.validation names no corpus"
-        )
-        report.problems.append(f"train.metric_for_best_model: {best!r} will never be measured: {reason}")
 
 
 def _check_steps(config: RunConfig, target: Target, opened: OpenedInputs, report: Report) -> None:

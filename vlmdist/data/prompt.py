@@ -89,8 +89,13 @@ class Prompter:
             self.pixels = prove_pixels(processor.image_processor, self._process_alone)
 
     @classmethod
-    def for_run(cls, processor: Any, config: RunConfig, *, evaluation: bool = False) -> "Prompter":
-        """The prompter of a run file's prompt and data sections. UserError where they don't fit the model."""
+    def for_run(
+        cls, processor: Any, config: RunConfig, *, evaluation: bool = False, few_shot: bool = False
+    ) -> "Prompter":
+        """The prompter of a run file's prompt and data sections. UserError where they don't fit the model.
+
+        evaluation: answers are to be generated. few_shot: behind worked examples.
+        """
         tiles = config.prompt.max_image_tiles
         if evaluation and config.evaluate.max_image_tiles is not None:
             tiles = config.evaluate.max_image_tiles
@@ -101,7 +106,10 @@ class Prompter:
             processor = copy.copy(processor)
             processor.image_processor = copy.copy(image_processor)
             processor.image_processor.max_patches = tiles
-        return cls(processor, find_template(config.prompt.template), config.prompt.train_on, config.data.max_length)
+        name = config.prompt.template
+        if few_shot and config.evaluate.few_shot_template is not None:
+            name = config.evaluate.few_shot_template
+        return cls(processor, find_template(name), config.prompt.train_on, config.data.max_length)
 
     # -- what others ask for ---------------------------------------------------------------------------------------
 
@@ -122,6 +130,11 @@ class Prompter:
         """The conversation up to the last question, ready for the answer. Raises BadSample."""
         self._refuse_special_tokens(sample.question)
         return self._ask(sample)
+
+    def question_text(self, sample: Sample) -> str:
+        """The prompt as text, one image token an image: what other programs can be asked with. Raises BadSample."""
+        self._refuse_special_tokens(sample.question)
+        return self._render(sample.question, add_generation_prompt=True)
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens up to the end of the turn."""

@@ -72,6 +72,20 @@ RECEIPT_LINES = (
 """
 )
 
+# The same behind worked examples, as one text that goes on: no end between them
+RECEIPT_LINES_FEW_SHOT = (
+    _CONTENT
+    + """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}{{ ' ' }}{{ content(message) }}{{ eos_token if loop.last else '\\n' }}
+{%- else -%}{{ content(message) }}{{ '\\n' }}
+{%- if message.role == 'user' -%}{{ 'Normalized product:' }}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+
 # InternLM2-chat as Mini-InternVL-Chat-V1-5 has it: its system text, no line between turns, a new line behind an image
 INTERNLM2 = """\
 {%- macro content(message) -%}
@@ -94,6 +108,7 @@ TEMPLATES = {
     "vicuna": VICUNA,
     "moondream": MOONDREAM,
     "receipt-lines": RECEIPT_LINES,
+    "receipt-lines-few-shot": RECEIPT_LINES_FEW_SHOT,
     "internlm2": INTERNLM2,
 }
 

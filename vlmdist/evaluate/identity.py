@@ -1,34 +1,16 @@
 """What an evaluation is of: which weights, on which corpus, with which settings. Part files count only for the same."""
 
 import hashlib
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdist.config import RunConfig, load_run
-from vlmdist.data.shards.corpus import Corpus
+from vlmdist.config import RunConfig
 from vlmdist.errors import UserError
-from vlmdist.run_folder import MANIFEST, RunFolder
-from vlmdist.run_folder import choose_checkpoint as choose_of_run
-
-_NO_MATTER_TO_ANSWERS = {"init_from": True, "lora": {"dropout"}}
-"""Of the adapt section: how the weights came to be, which a checkpoint's own manifest stands for."""
-
-
-def choose_checkpoint(
-    config: RunConfig, asked: str | os.PathLike[str] | None, base: bool
-) -> tuple[Path | None, list[str]]:
-    """The checkpoint to evaluate (None: the base model) and what the user should know about the choice.
-
-    asked: "best", "latest" or a checkpoint folder; None: the run's newest whole one.
-    """
-    if base and asked is not None:
-        raise UserError("give either --base or --checkpoint, not both")
-    if base:
-        return None, []
-    checkpoint, notes = choose_of_run(RunFolder(Path(config.output_dir)), asked)
-    _refuse_other_adapters(config, checkpoint)
-    return checkpoint, notes
+from vlmdist.evaluate.metrics import ANSWERED
+from vlmdist.evaluate.readable import Readable
+from vlmdist.evaluate.subject import Subject, adapters_of
+from vlmdist.run_folder import ADAPTER_WEIGHTS, MANIFEST
 
 
 def choose_corpus(config: RunConfig, split: str) -> str:
@@ -41,56 +23,74 @@ def choose_corpus(config: RunConfig, split: str) -> str:
     return folder
 
 
-def choose_name(asked: str | None, checkpoint: Path | None, split: str) -> str:
-    """Name of the folder under eval/: ``base`` or the checkpoint's name, with the split where it is not test."""
+def choose_name(asked: str | None, subject: Subject, split: str, few_shot: int) -> str:
+    """Name of the folder under eval/: the subject's, with the number of worked examples and a split that isn't test."""
     if asked is not None:
         if asked in (".", "..") or not asked or "/" in asked or "\\" in asked or "\0" in asked:
             raise UserError(f"name: {asked!r} must be the name of one folder, without slashes")
         return asked
-    name = "base" if checkpoint is None else checkpoint.resolve().name
+    name = subject.name + (f"-{few_shot}shot" if few_shot else "")
     return name if split == "test" else f"{name}-{split}"
 
 
 def identity_of(
-    config: RunConfig, corpus: Corpus, num_samples: int, checkpoint: Path | None, device_name: str
+    config: RunConfig, corpus: Readable, num_samples: int, subject: Subject, shown: dict[str, Any], device_name: str
 ) -> dict[str, Any]:
-    """Everything an answer depends on. The metric is left out: it reads the answers and doesn't make them."""
+    """Everything an answer depends on. The metric is left out unless it stops answers: it reads and doesn't make them.
+
+    shown: what stands before each question, by instruction and examples.
+    """
+    settings = config.evaluate
+    stops = settings.stop_when_answered and settings.metric in ANSWERED
     return {
         "corpus": {"fingerprint": corpus.fingerprint, "num_samples": num_samples},
         "model": {**config.model.model_dump(), "files": _files_digest(Path(config.model.name_or_path))},
-        "checkpoint": None if checkpoint is None else _checkpoint_of(config, checkpoint),
+        "checkpoint": None if subject.checkpoint is None else _checkpoint_of(config, subject.checkpoint),
+        "adapter": None if subject.adapter is None else _adapter_digest(subject.adapter),
+        "merged": settings.merged,
         "prompt": {
             "template": config.prompt.template,
             "max_length": config.data.max_length,
-            "max_image_tiles": config.evaluate.max_image_tiles or config.prompt.max_image_tiles,
+            "max_image_tiles": settings.max_image_tiles or config.prompt.max_image_tiles,
         },
+        "shown": shown,
         "template_file": _template_digest(config.prompt.template),
         "generation": {
-            "batch_size": config.evaluate.per_device_eval_batch_size,
-            "max_new_tokens": config.evaluate.max_new_tokens,
+            "batch_size": settings.per_device_eval_batch_size,
+            "max_new_tokens": settings.max_new_tokens,
+            "stops_when_answered": settings.metric if stops else None,
+            "cache": settings.cache,
+            "engine": settings.engine,
         },
-        "arithmetic": {"device": device_name, "threads_per_rank": config.threads_per_rank, **_versions()},
+        "arithmetic": {"device": device_name, "threads_per_rank": config.threads_per_rank, **_versions(settings.engine)},
     }
-
-
-def _refuse_other_adapters(config: RunConfig, checkpoint: Path) -> None:
-    """Under another alpha, say, the weights would load and give answers that nobody trained."""
-    made, now = _adapters_of(load_run(checkpoint)), _adapters_of(config)
-    changed = [name for name in now if made[name] != now[name]]
-    if changed:
-        raise UserError(
-            f"{checkpoint}: was made with another adapt section ({', '.join(changed)} differ); evaluate it with the "
-            "run.yaml of its own run folder"
-        )
-
-
-def _adapters_of(config: RunConfig) -> dict[str, Any]:
-    return config.adapt.model_dump(exclude=_NO_MATTER_TO_ANSWERS)  # type: ignore[arg-type]
 
 
 def _checkpoint_of(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     manifest = (checkpoint / MANIFEST).read_bytes()
-    return {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "adapt": _adapters_of(config)}
+    return {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "adapt": adapters_of(config)}
+
+
+def shown_before(
+    config: RunConfig, base: bool, few_shot: int, corpus_fingerprint: str | None, examples: Sequence[int]
+) -> dict[str, Any]:
+    """What stands before each question, as ``identity_of`` takes it: {} for a trained model without examples."""
+    if not base and not few_shot:
+        return {}
+    facts: dict[str, Any] = {"instruction": config.evaluate.instruction}
+    if few_shot:
+        template = config.evaluate.few_shot_template
+        facts |= {"corpus": corpus_fingerprint, "examples": list(examples)}
+        facts |= {"template": template, "template_file": _template_digest(template)}
+    return facts
+
+
+def _adapter_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in (folder / "adapter_config.json", folder / ADAPTER_WEIGHTS):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _files_digest(folder: Path) -> str | None:
@@ -107,7 +107,12 @@ def _template_digest(template: str | None) -> str | None:
     return hashlib.sha256(Path(template).read_bytes()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def _versions(engine: str) -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "transformers")}
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    if engine == "vllm":
+        from vlmdist.evaluate.vllm_engine import engine_versions
+
+        versions |= engine_versions()
+    return versions

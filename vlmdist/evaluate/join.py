@@ -54,11 +54,11 @@ def _join(folder: EvaluationFolder, batches: Sequence[Sequence[int]]) -> list[Ro
             raise RunFailed(f"{folder.part_file(number)}: is not as it was written; run the same command again")
         rows += part
     rows.sort(key=lambda row: int(row["number"]))
-    _make_ids_differ(rows)
+    make_ids_differ(rows)
     return rows
 
 
-def _make_ids_differ(rows: list[Row]) -> None:
+def make_ids_differ(rows: list[Row]) -> None:
     """A key that occurs again (the corpus has it quarantined) gets its sample number."""
     seen = set()
     for row in rows:

@@ -26,6 +26,24 @@ def parse_json_answer(text: str) -> tuple[dict[str, Any], bool]:
     return (value, True) if isinstance(value, dict) else ({}, False)
 
 
+def json_is_closed(text: str) -> bool:
+    """True where the first JSON object in a text is complete: what comes after it can't mend the answer."""
+    start = text.find("{")
+    if start < 0:
+        return False
+    try:
+        json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def line_is_complete(text: str) -> bool:
+    """True where ``find_answer_line`` has its line of three or four fields, and it has ended."""
+    ended, _, _ = text.rpartition("\n")
+    return has_fields_form(find_answer_line(ended))
+
+
 def parse_fields(text: str) -> dict[str, str | None]:
     """The fields of ``normalised##product##brand##category``; None where the answer says "-" (there is none).
 

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from vlmdist.errors import RunFailed
+from vlmdist.errors import RunFailed, UserError
 from vlmdist.evaluate.scores import PREDICTIONS_FILE, SCORES_FILE, Row
-from vlmdist.run_folder import replace_file_text
+from vlmdist.run_folder import keep_others_out, replace_file_text
 
 _FIRST_POLL_S = 0.2
 _LONGEST_POLL_S = 5.0
@@ -68,6 +68,16 @@ class EvaluationFolder:
             return None
         return f"{self.path}: held another evaluation ({_differences(found, identity)}); it is replaced"
 
+    def keep_others_out(self) -> TextIO:
+        """Lock the folder against a second evaluation until the returned handle is closed (rank 0). Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return keep_others_out(self.path / ".lock")
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another evaluation is writing it; wait for it, or give this one a --name of its own"
+            ) from None
+
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def part_file(self, batch: int) -> Path:
@@ -112,16 +122,25 @@ class EvaluationFolder:
         for mark in sorted(self.parts_dir.glob(f"failed-{token}-*")):
             raise RunFailed(f"rank {mark.name.rsplit('-', 1)[1]} failed: {mark.read_text(encoding='utf-8')}")
 
-    def wait_for_parts(self, batches: Iterable[int], token: str, on_look: Callable[[set[int]], None]) -> None:
-        """Return once every batch has its file (all ranks). RunFailed as soon as a rank of this start has failed."""
+    def wait_for_parts(
+        self, batches: Iterable[int], token: str, limit_s: float, on_look: Callable[[set[int]], None]
+    ) -> set[int]:
+        """Return once every batch has its file, or none has come for limit_s: then what is missing (all ranks).
+
+        RunFailed as soon as a rank of this start has failed.
+        """
         wanted = set(batches)
-        pause_s = _FIRST_POLL_S
+        pause_s, last_s, num_present = _FIRST_POLL_S, time.monotonic(), -1
         while True:
             present = self.present_batches()
             on_look(present)
             if wanted <= present:
-                return
+                return set()
             self.raise_if_a_rank_failed(token)
+            if len(present) > num_present:
+                num_present, last_s = len(present), time.monotonic()
+            elif time.monotonic() - last_s > limit_s:
+                return wanted - present
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _LONGEST_POLL_S)
 

@@ -1,11 +1,12 @@
-"""The ranks of an evaluation, by accelerate: start, one decision for all, small objects from all.
+"""The ranks of an evaluation, by accelerate: start, one decision for all, tickets, small objects from all.
 
 ``accelerate launch``, torchrun and srun start it alike; a single process is a world of one. Ranks exchange a few small
 objects and never a tensor, so the backend is gloo on GPUs too: several ranks may share a GPU, and waiting is free.
 """
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from vlmdist.distributed import COLLECTIVE_TIMEOUT, adopt_slurm_environment
@@ -66,6 +67,29 @@ class Ranks:
             raise RunFailed(box[1])
         value: T = box[0]
         return value
+
+    def tickets(self, name: str) -> Iterator[int]:
+        """0, 1, 2, ...: each goes to one rank alone, whichever asks first, and no rank waits for another (all ranks).
+
+        name: the same on all ranks, another for each use. The count lies in the store by which the ranks have met.
+        """
+        if self.size == 1:
+            yield from itertools.count()
+            return
+        store = self._store()
+        while True:
+            ticket = int(store.add(name, 1)) - 1
+            store.set(f"{name}, {ticket}", str(self.rank))
+            yield ticket
+
+    def holder(self, name: str, ticket: int) -> int:
+        """The rank that has drawn a ticket (any rank, for a ticket that was drawn)."""
+        return 0 if self.size == 1 else int(self._store().get(f"{name}, {ticket}"))
+
+    def _store(self) -> Any:
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        return _get_default_store()
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order (all ranks)."""

@@ -1,9 +1,9 @@
 """The distributed evaluator: a program of its own, one process a rank.
 
 1. (rank 0) decide what is evaluated and which batches an earlier start has finished; all ranks learn it.
-2. (all ranks) cut the corpus into fixed global batches; take a share of those that are left.
+2. (all ranks) cut the corpus into fixed global batches.
 3. (all ranks) check that the metric can read the truth of each sample, before any model is loaded.
-4. (all ranks) load the model; answer batch by batch, each written whole as a part file.
+4. (all ranks) load the model; take batch after batch, dearest first; write the answers of each whole as a part file.
 5. (all ranks) wait for the part files of all ranks, looking at the folder; then tell each other how long it took.
 6. (rank 0) join the parts by sample number, score them, write predictions.jsonl, scores.json and timing.json.
 """
@@ -13,22 +13,27 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmdist.config import RunConfig
+from vlmdist.data.questions import open_questions
 from vlmdist.data.remote.cache import RemoteAccess
-from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import RunFailed, UserError
 from vlmdist.evaluate.answer import Answerer, check_truths
-from vlmdist.evaluate.identity import choose_checkpoint, choose_corpus, choose_name, identity_of
+from vlmdist.evaluate.engine import open_engine
+from vlmdist.evaluate.few_shot import Shown, choose_examples, clusters_of, show
+from vlmdist.evaluate.identity import choose_corpus, choose_name, identity_of, shown_before
 from vlmdist.evaluate.join import finished_rows, join_and_score
 from vlmdist.evaluate.parts import EvaluationFolder
-from vlmdist.evaluate.plan import assign_batches, batch_costs, cut_batches
+from vlmdist.evaluate.plan import batch_costs, cut_batches, dearest_first
 from vlmdist.evaluate.progress import Progress
 from vlmdist.evaluate.ranks import Ranks
-from vlmdist.evaluate.scores import metric_by_name
+from vlmdist.evaluate.readable import Readable
+from vlmdist.evaluate.scores import metric_by_name, score_each
+from vlmdist.evaluate.subject import Subject, choose_subject
 from vlmdist.run_folder import RunFolder
 
 _LOOK_EVERY_S = 2.0  # for the bar: other ranks' parts in the folder
@@ -39,7 +44,11 @@ class _Job:
     """What rank 0 decided, for all ranks."""
 
     corpus: str
-    checkpoint: Path | None
+    subject: Subject
+    asked_untrained: bool
+    """The model is told what to do: by evaluate.instruction, and by the examples."""
+    examples: list[int]
+    """Samples of the first training corpus that stand before each question."""
     folder: Path
     num_samples: int
     finished: list[int]
@@ -61,24 +70,25 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answer every sample of a split and score the answers (all ranks).
 
-    checkpoint: a checkpoint folder; by default the newest whole one of the run. base: the model without adapters.
+    checkpoint: "best", "latest", a checkpoint or an adapter folder; by default the newest whole checkpoint of the run.
+    base: the model without adapters. few_shot: worked examples from the training corpus before each question.
     name: folder under eval/. Returns what is in scores.json and "folder", "num_generated" (samples answered by this
     start). Raises UserError for what the user can mend, RunFailed where no sample could be answered or a rank failed.
     """
-    if few_shot:
-        raise UserError("--few-shot: not available yet; leave it out to evaluate zero-shot")
+    if few_shot < 0:
+        raise UserError(f"--few-shot {few_shot}: at least 0")
     started_s = time.monotonic()
-    with Ranks(config.threads_per_rank) as ranks:
-        job = ranks.decide(lambda: _decide(config, ranks, checkpoint, base, name, split))
+    with ExitStack() as held, Ranks(config.threads_per_rank) as ranks:
+        job = ranks.decide(lambda: _decide(config, ranks, held, checkpoint, base, name, split, few_shot))
         folder = EvaluationFolder(job.folder)
-        corpus = Corpus.open(job.corpus, RemoteAccess.for_run(config.data))
+        corpus = _open(job.corpus, config)
         batches = _batches(corpus, job.num_samples, config)
         left = [] if job.is_complete else sorted(set(range(len(batches))) - set(job.finished))
         statistics: list[dict[str, Any]] = []
         if left:
-            mine = assign_batches(left, _costs(corpus, job.num_samples, batches), ranks.size)[ranks.rank]
-            _refuse_unreadable_truths(ranks, corpus, [i for n in mine for i in batches[n]], config.evaluate.metric)
-            statistics = ranks.gather(_answer(config, ranks, job, folder, corpus, batches, mine))
+            mine = [i for n in left[ranks.rank :: ranks.size] for i in batches[n]]
+            _refuse_unreadable_truths(ranks, corpus, mine, config.evaluate.metric)
+            statistics = ranks.gather(_answer(config, ranks, job, folder, corpus, batches, left))
         scores = ranks.decide(lambda: join_and_score(folder, batches, job.num_samples, config.evaluate.metric))
         num_generated = sum(s["samples"] for s in statistics)
         if ranks.is_main and left:
@@ -87,17 +97,33 @@ def evaluate_run(
 
 
 def _decide(
-    config: RunConfig, ranks: Ranks, asked: str | Path | None, base: bool, name: str | None, split: str
+    config: RunConfig,
+    ranks: Ranks,
+    held: ExitStack,
+    asked: str | Path | None,
+    base: bool,
+    name: str | None,
+    split: str,
+    few_shot: int,
 ) -> _Job:
-    """(rank 0)"""
-    metric_by_name(config.evaluate.metric)
-    checkpoint, notes = choose_checkpoint(config, asked, base)
-    corpus = Corpus.open(choose_corpus(config, split), RemoteAccess.for_run(config.data))
+    """(rank 0) held: closed at the end of the evaluation."""
+    metric = metric_by_name(config.evaluate.metric)
+    subject, notes = choose_subject(config, asked, base)
+    corpus = _open(choose_corpus(config, split), config)
     num_samples = min(len(corpus), config.evaluate.max_samples or len(corpus))
+    examples: list[int] = []
+    fingerprint = None
+    if few_shot:
+        training = _open(config.data.train[0].shards, config)
+        examples, keys = choose_examples(training, few_shot, config.seed, metric, clusters_of(corpus, num_samples))
+        fingerprint = training.fingerprint
+        notes.append(f"worked examples from {training.name}: {', '.join(keys)}")
     run = RunFolder(Path(config.output_dir))
-    folder = EvaluationFolder(run.eval_dir / choose_name(name, checkpoint, split))
-    identity = identity_of(config, corpus, num_samples, checkpoint, ranks.device_name)
+    folder = EvaluationFolder(run.eval_dir / choose_name(name, subject, split, few_shot))
+    shown = shown_before(config, base, few_shot, fingerprint, examples)
+    identity = identity_of(config, corpus, num_samples, subject, shown, ranks.device_name)
     try:
+        held.enter_context(folder.keep_others_out())
         replaced = folder.open_for(identity)
     except OSError as e:
         raise UserError(f"{folder.path}: can't be written: {e.strerror or e}") from None
@@ -105,7 +131,7 @@ def _decide(
     batches = _batches(corpus, num_samples, config)
     finished = [] if is_complete else folder.finished_batches(batches)
     folder.remove_broken_parts(finished)
-    model = "the base model" if checkpoint is None else checkpoint.name
+    model = "the base model" if subject.folder is None else subject.name
     notes.append(f"evaluating {model} on {num_samples} samples of {corpus.name}")
     if replaced:
         notes.append(replaced)
@@ -114,10 +140,18 @@ def _decide(
     elif finished:
         notes.append(f"going on: {len(finished)} of {len(batches)} batches were finished before")
     print(*[f"evaluate: {note}" for note in notes], sep="\n", file=sys.stderr, flush=True)
-    return _Job(corpus.source, checkpoint, folder.path, num_samples, finished, is_complete, token=secrets.token_hex(4))
+    untrained = base or few_shot > 0
+    token = secrets.token_hex(4)
+    return _Job(
+        corpus.source, subject, untrained, examples, folder.path, num_samples, finished, is_complete, token=token
+    )
 
 
-def _batches(corpus: Corpus, num_samples: int, config: RunConfig) -> list[tuple[int, ...]]:
+def _open(source: str, config: RunConfig) -> Readable:
+    return open_questions(source, RemoteAccess.for_run(config.data))
+
+
+def _batches(corpus: Readable, num_samples: int, config: RunConfig) -> list[tuple[int, ...]]:
     return cut_batches(
         corpus.text_bytes[:num_samples],
         corpus.num_images[:num_samples],
@@ -126,11 +160,7 @@ def _batches(corpus: Corpus, num_samples: int, config: RunConfig) -> list[tuple[
     )
 
 
-def _costs(corpus: Corpus, num_samples: int, batches: Sequence[Sequence[int]]) -> list[float]:
-    return batch_costs(batches, corpus.text_bytes[:num_samples], corpus.image_pixels[:num_samples])
-
-
-def _refuse_unreadable_truths(ranks: Ranks, corpus: Corpus, samples: Sequence[int], metric: str) -> None:
+def _refuse_unreadable_truths(ranks: Ranks, corpus: Readable, samples: Sequence[int], metric: str) -> None:
     """(all ranks) Each looks at its own samples; all end with all that was found."""
     problems = [p for of_rank in ranks.gather(check_truths(corpus, samples, metric)) for p in of_rank]
     if problems:
@@ -142,47 +172,72 @@ def _answer(
     ranks: Ranks,
     job: _Job,
     folder: EvaluationFolder,
-    corpus: Corpus,
+    corpus: Readable,
     batches: Sequence[Sequence[int]],
-    mine: Sequence[int],
+    left: Sequence[int],
 ) -> dict[str, Any]:
-    """Do my batches, then wait for the others' (all ranks). Returns this rank's statistics."""
+    """Take batches until none is left, then wait for the others' (all ranks). Returns this rank's statistics."""
     statistics: dict[str, Any] = {"rank": ranks.rank, "host": socket.gethostname()}
     statistics |= {"samples": 0, "failed": 0, "load_s": 0.0, "answer_s": 0.0}
-    bar = None
+    costs = batch_costs(batches, corpus.text_bytes[: job.num_samples], corpus.image_pixels[: job.num_samples])
+    queue = dearest_first(left, costs)
+    tickets = f"batches of {job.token}"
+    answerer, longest_s = None, 0.0
+    bar = _FolderProgress(folder, batches, job, config.evaluate.metric, shown=ranks.is_main)
     try:
-        started_s = time.monotonic()
-        answerer = Answerer(config, job.checkpoint, corpus, ranks.device) if mine else None
-        statistics["load_s"] = time.monotonic() - started_s
-        bar = _FolderProgress(folder, batches, job, shown=ranks.is_main)
-        for number in mine:
-            rows = answerer.answer(batches[number])  # type: ignore[union-attr]  # not None where there is a batch
-            folder.write_part(number, rows)
+        for ticket in ranks.tickets(tickets):
+            if ticket >= len(queue):
+                break
+            started_s = time.monotonic()
+            if answerer is None:
+                answerer = _answerer(config, ranks, job, corpus)
+                statistics["load_s"] = time.monotonic() - started_s
+                started_s = time.monotonic()
+            rows = answerer.answer(batches[queue[ticket]])
+            folder.write_part(queue[ticket], rows)
             statistics["samples"] += len(rows)
             statistics["failed"] += sum("error" in row for row in rows)
+            longest_s = max(longest_s, time.monotonic() - started_s)
+            statistics["answer_s"] += time.monotonic() - started_s
             bar.look()
-        statistics["answer_s"] = time.monotonic() - started_s - statistics["load_s"]
-        folder.wait_for_parts(range(len(batches)), job.token, bar.show)
+        limit_s = max(config.train.hang_floor_s, 10 * longest_s) if answerer else config.train.start_limit_s
+        missing = folder.wait_for_parts(range(len(batches)), job.token, limit_s, bar.show)
+        if missing:
+            late = min(missing, key=queue.index)
+            holder = ranks.holder(tickets, queue.index(late))
+            keys = ", ".join(corpus.key(i) for i in batches[late])
+            raise RunFailed(
+                f"rank {holder} is late: no batch was finished for {limit_s:.0f} s, and it has that of {keys}. "
+                f"{len(batches) - len(missing)} of {len(batches)} batches are kept: run the same command again to go on"
+            )
     except BaseException as e:
         folder.mark_failed(job.token, ranks.rank, f"{type(e).__name__}: {e}")
         if isinstance(e, OSError):
             raise RunFailed(f"{folder.path}: {e.strerror or e}; run the same command again to go on") from None
         raise
     finally:
-        if bar is not None:
-            bar.close()
+        bar.close()
     return statistics
 
 
-class _FolderProgress:
-    """A bar over the part files of all ranks."""
+def _answerer(config: RunConfig, ranks: Ranks, job: _Job, corpus: Readable) -> Answerer:
+    shown = Shown()
+    if job.asked_untrained:
+        training = _open(config.data.train[0].shards, config) if job.examples else corpus
+        shown = show([training.read(i) for i in job.examples], config.evaluate.instruction)
+    return Answerer(corpus, open_engine(config, job.subject, ranks.device, few_shot=bool(job.examples)), shown)
 
-    def __init__(self, folder: EvaluationFolder, batches: Sequence[Sequence[int]], job: _Job, *, shown: bool):
-        self.folder = folder
-        self.sizes = [len(b) for b in batches]
-        self.shown = shown
-        num_before = sum(self.sizes[n] for n in job.finished)
+
+class _FolderProgress:
+    """A bar over the part files of all ranks, with the mean score so far."""
+
+    def __init__(
+        self, folder: EvaluationFolder, batches: Sequence[Sequence[int]], job: _Job, metric: str, *, shown: bool
+    ):
+        self.folder, self.batches, self.metric, self.shown = folder, batches, metric, shown
+        num_before = sum(len(batches[n]) for n in job.finished)
         self.bar = Progress(job.num_samples, num_before, shown=shown)
+        self._score_of: dict[int, float] = {}  # batch -> sum of its samples' scores
         self._looked_s = time.monotonic()
 
     def look(self) -> None:
@@ -190,8 +245,14 @@ class _FolderProgress:
             self.show(self.folder.present_batches())
 
     def show(self, present: set[int]) -> None:
+        if not self.shown:
+            return
         self._looked_s = time.monotonic()
-        self.bar.set(sum(self.sizes[n] for n in present))
+        for n in present - self._score_of.keys():
+            rows = self.folder.read_part(n, self.batches[n]) or []
+            self._score_of[n] = sum(s.figures["score"] for s in score_each(rows, self.metric))
+        num_done = sum(len(self.batches[n]) for n in present)
+        self.bar.set(num_done, sum(self._score_of.values()) / max(1, num_done))
 
     def close(self) -> None:
         self.bar.close()

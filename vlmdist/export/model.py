@@ -10,7 +10,7 @@ import psutil
 
 from vlmdist.errors import UserError
 from vlmdist.export.source import Source
-from vlmdist.model.adapters import adapt, load_trainable
+from vlmdist.model.adapters import adapt, load_trainable, merge_adapters
 from vlmdist.model.families import auto_model
 from vlmdist.model.load import from_pretrained
 from vlmdist.model.memory import weight_bytes
@@ -56,6 +56,4 @@ def _trained_model(source: Source) -> Any:
     base = from_pretrained(auto_model(source.family), source.config.model, dtype=source.dtype)
     adapted = adapt(base, source.config.adapt, source.family)
     load_trainable(adapted, source.weights_file)
-    if not source.has_lora:
-        return adapted
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    return merge_adapters(adapted)

@@ -4,7 +4,8 @@ LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from vlmdist.config import AdaptConfig
 from vlmdist.errors import UserError
 from vlmdist.model.families import PARTS, Family
+from vlmdist.run_folder import ADAPTER_WEIGHTS
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the name of every parameter of a model with adapters."""
@@ -88,6 +90,12 @@ def part_sizes(model: nn.Module, family: Family) -> dict[str, int]:
     return sizes
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft adds: the same in the base model, the adapted one and the files of both."""
+    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+
+
 def stored_weights(file: Path) -> dict[str, tuple[Shape, torch.dtype | None]]:
     """Shape and dtype of every weight of a safetensors file, from its header alone; dtype None: no floating point."""
     with safe_open(file, "pt") as f:
@@ -109,6 +117,39 @@ def load_trainable(model: nn.Module, file: Path) -> None:
             f"{len(other_shape)} have another shape (first: {other_shape[:3]})"
         )
     copy_weights(file, {name: parameters[name] for name in stored})
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapter of a folder that peft reads; UserError where it doesn't fit the model."""
+    from peft import PeftModel
+
+    stored = {plain_name(name) for name in stored_weights(folder / ADAPTER_WEIGHTS)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that don't fit, which are told below
+            adapted: nn.Module = PeftModel.from_pretrained(
+                model,  # type: ignore[arg-type]
+                str(folder),
+                autocast_adapter_dtype=False,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:500]
+        raise UserError(f"{folder}: the adapter can't be put into this model: {reason}") from None
+    there = {plain_name(name) for name, _ in adapted.named_parameters()}
+    unknown = sorted(stored - there)
+    missing = sorted(name for name in there - stored if ".lora_" in name)
+    if unknown or missing:
+        raise UserError(
+            f"{folder}: the adapter doesn't fit this model: {len(unknown)} of its {len(stored)} weights have no place "
+            f"(first: {unknown[:2]}), {len(missing)} are missing (first: {missing[:2]}); it was trained on another base"
+        )
+    return adapted
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """The model with its LoRA matrices added to the weights; as it is where it has none."""
+    merge: Callable[[], nn.Module] | None = getattr(model, "merge_and_unload", None)
+    return model if merge is None else merge()
 
 
 def copy_weights(file: Path, targets: Mapping[str, torch.Tensor]) -> None:

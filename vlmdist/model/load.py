@@ -8,7 +8,7 @@ from torch import nn
 
 from vlmdist.config import ModelConfig, RunConfig
 from vlmdist.errors import UserError
-from vlmdist.model.adapters import adapt, load_trainable
+from vlmdist.model.adapters import adapt, load_adapter, load_trainable, merge_adapters
 from vlmdist.model.families import PARTS, Family, auto_model, family_of
 from vlmdist.model.memory import memory_problem
 from vlmdist.model.precision import precision_problems, resolve_attention, resolve_dtype
@@ -37,14 +37,30 @@ def load_for_training(config: RunConfig, device: torch.device) -> tuple[nn.Modul
     return adapted, family
 
 
-def load_for_evaluation(config: RunConfig, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Any]:
-    """The base model (checkpoint None) or the base with a checkpoint's trained weights, and its processor."""
-    model, family = _load_base(config.model, device)
+def load_for_evaluation(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    merged: bool = False,
+) -> tuple[nn.Module, Any]:
+    """The base model, with a checkpoint's trained weights or an adapter folder's where one is given; and its processor.
+
+    merged: the base isn't quantized, and the adapters are added to its weights.
+    """
+    wanted = config.model.model_copy(update={"quantization": "none"}) if merged else config.model
+    model, family = _load_base(wanted, device)
     processor = load_processor(config.model)
     if checkpoint is not None:
         torch.manual_seed(config.seed)
         model = adapt(model, config.adapt, family)
         load_trainable(model, checkpoint / TRAINABLE_WEIGHTS)
+    elif adapter is not None:
+        model = load_adapter(model, adapter)
+    if merged:
+        model = merge_adapters(model)
+    if checkpoint is not None or adapter is not None:
         model.to(device)
     model.eval()
     return model, processor

@@ -72,8 +72,13 @@ TOLD = {
     "train.max_grad_norm": "it counts from here on",
     "train.deepspeed": "sums may be rounded differently",
     "train.max_eval_samples": "validation losses are of other samples than before",
+    "train.generate_samples": "validation scores are of other samples than before",
     "train.metric_for_best_model": "it decides from here on which checkpoint is the best",
     "train.greater_is_better": "it decides from here on which checkpoint is the best",
+    "evaluate.metric": "validation scores while training don't compare with those before",
+    "evaluate.max_new_tokens": "validation scores while training don't compare with those before",
+    "evaluate.max_image_tiles": "validation scores while training don't compare with those before",
+    "evaluate.stop_when_answered": "validation scores while training don't compare with those before",
 }
 
 HARMLESS = (
@@ -87,18 +92,21 @@ HARMLESS = (
     "data.max_bad_fraction",
     "train.logging_steps",
     "train.eval_steps",
+    "train.generate_steps",
     "train.save_steps",
     "train.save_total_limit",
     "train.max_nonfinite_steps",
     "train.stop_margin_s",
     "train.hang_floor_s",
     "train.start_limit_s",
-    # the evaluator is another program, and compares its own settings itself
-    "evaluate.metric",
-    "evaluate.per_device_eval_batch_size",
-    "evaluate.max_new_tokens",
+    # the evaluator is another program, and compares its own settings itself; what training uses of them is above
+    "evaluate.per_device_eval_batch_size",  # answers are rounded differently
     "evaluate.max_samples",
-    "evaluate.max_image_tiles",
+    "evaluate.engine",
+    "evaluate.merged",
+    "evaluate.cache",
+    "evaluate.instruction",
+    "evaluate.few_shot_template",
 )
 
 

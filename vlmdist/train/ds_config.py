@@ -28,6 +28,12 @@ def load_ds_config(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
         problems.append(
             f"train.deepspeed: {file.name} is ZeRO-3, which can't shard {config.model.quantization} weights; use zero2"
         )
+    if stage == 3 and config.train.generate_samples is not None:
+        problems.append(
+            f"train.generate_samples: {file.name} is ZeRO-3, where every token of an answer would gather all weights "
+            "from all ranks, which may not be at the same token; use zero2 (or zero2_offload), or leave it out and "
+            "score checkpoints with vlmdist evaluate"
+        )
     if offloads_optimizer(tree) and not (shutil.which("c++") or shutil.which("g++")):
         problems.append(
             f"train.deepspeed: {file.name} offloads the optimizer, for which DeepSpeed builds its CPU Adam with a C++ "

@@ -19,10 +19,10 @@ from torch import nn
 from vlmdist.config import AdaptConfig, RunConfig, load_run
 from vlmdist.distributed import World, gather_objects
 from vlmdist.errors import UserError
-from vlmdist.model.adapters import PEFT_PREFIX, copy_weights, mark_inherited, stored_weights
-from vlmdist.run_folder import MANIFEST, TRAINABLE_WEIGHTS, RunFolder, choose_checkpoint
+from vlmdist.model.adapters import copy_weights, mark_inherited, plain_name, stored_weights
+from vlmdist.run_folder import ADAPTER_WEIGHTS, MANIFEST, TRAINABLE_WEIGHTS, RunFolder, choose_checkpoint
 
-_ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
+_ADAPTER_CONFIG = "adapter_config.json"  # peft's name
 _NAMED = 5
 """Weights that a message names of each kind."""
 
@@ -61,9 +61,9 @@ def apply_init_from(model: nn.Module, source: InitSource) -> str:
     UserError that names the weights without a parameter of the same shape in the model.
     """
     stored = {name: shape for name, (shape, _) in stored_weights(source.weights_file).items()}
-    parameters = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     _refuse_what_does_not_fit(stored, parameters, source)
-    targets = {name: parameters[_plain_name(name)] for name in stored}
+    targets = {name: parameters[plain_name(name)] for name in stored}
     copy_weights(source.weights_file, targets)
     spoilt = [name for name, target in targets.items() if not torch.isfinite(target).all()]
     if spoilt:
@@ -97,8 +97,8 @@ def restore_inherited(model: nn.Module, checkpoint: Path) -> None:
 
 def _find(path: Path, config: RunConfig) -> InitSource:
     folder, notes = _folder_of(path)
-    if (folder / _ADAPTER_WEIGHTS).is_file():
-        file, trained = folder / _ADAPTER_WEIGHTS, _lora_of_adapter(folder)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        file, trained = folder / ADAPTER_WEIGHTS, _lora_of_adapter(folder)
     else:
         file, trained = folder / TRAINABLE_WEIGHTS, _lora_of_checkpoint(folder)
     try:
@@ -126,7 +126,7 @@ def _folder_of(path: Path) -> tuple[Path, list[str]]:
         raise UserError(f"{path}: no such folder")
     if (path / MANIFEST).exists() or (path / TRAINABLE_WEIGHTS).exists():
         return choose_checkpoint(RunFolder(path.parent.parent), path)
-    if (path / _ADAPTER_WEIGHTS).is_file():
+    if (path / ADAPTER_WEIGHTS).is_file():
         return path, []
     if (path / "adapter_model.bin").exists():
         raise UserError(f"{path}: its adapter_model.bin is a pickle, which is not loaded; save it as safetensors")
@@ -134,7 +134,7 @@ def _folder_of(path: Path) -> tuple[Path, list[str]]:
         raise UserError(f"{path}: is a whole model; give it as model.name_or_path")
     if (path / "run.yaml").exists() or (path / "checkpoints").is_dir():
         return choose_checkpoint(RunFolder(path), None)
-    raise UserError(f"{path}: is neither a checkpoint, a run folder nor an adapter folder (with {_ADAPTER_WEIGHTS})")
+    raise UserError(f"{path}: is neither a checkpoint, a run folder nor an adapter folder (with {ADAPTER_WEIGHTS})")
 
 
 @dataclass(frozen=True)
@@ -182,17 +182,11 @@ def _refuse_other_lora(trained: _Trained, config: AdaptConfig, folder: Path) -> 
 # -- into the model ----------------------------------------------------------------------------------------------------
 
 
-def _plain_name(name: str) -> str:
-    """A parameter's name without what peft adds: the same in the base model, the adapted one and the files of both."""
-    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-
-
 def _refuse_what_does_not_fit(
     stored: dict[str, tuple[int, ...]], parameters: dict[str, nn.Parameter], source: InitSource
 ) -> None:
     where = f"adapt.init_from: {source.folder}"
-    there = {name: parameters[_plain_name(name)] for name in stored if _plain_name(name) in parameters}
+    there = {name: parameters[plain_name(name)] for name in stored if plain_name(name) in parameters}
     missing = [f"{name} {list(stored[name])}" for name in sorted(stored.keys() - there.keys())]
     quantized = [name for name, p in sorted(there.items()) if not p.is_floating_point()]
     other_shape = [

@@ -3,8 +3,6 @@
 Everything that is wrong with the input is told at once.
 """
 
-import fcntl
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,17 +18,17 @@ from vlmdist.data.templates import find_template
 from vlmdist.distributed import World, gather_objects
 from vlmdist.errors import UserError
 from vlmdist.model.precision import precision_problems, resolve_dtype
-from vlmdist.run_folder import RunFolder, mend_jsonl
+from vlmdist.run_folder import RunFolder, keep_others_out, mend_jsonl
 from vlmdist.train.changes import changes_since
 from vlmdist.train.checkpoint.folder import keep, tidy
 from vlmdist.train.checkpoint.load import newest_checkpoint, other_data
 from vlmdist.train.ds_config import load_ds_config
+from vlmdist.train.generate import generation_problems
 from vlmdist.train.init_from import InitSource, find_init_source
 from vlmdist.train.metrics import log
 from vlmdist.train.state import TrainState
 
-_SECONDS_FOR_ANOTHER_RUN_TO_END = 10  # a killed run's processes may still be going
-_HELD_LOCKS: list[TextIO] = []
+_HELD_LOCKS: list[TextIO] = []  # for as long as this process lives
 
 
 @dataclass
@@ -66,7 +64,7 @@ def open_run_folder(config: RunConfig, world: World) -> RunFolder:
     if world.is_main:
         try:
             run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
-            _lock(run)
+            _HELD_LOCKS.append(keep_others_out(run.lock_file))
             tidy(run)
             for file in (run.log_file, run.steps_file, run.bad_samples_file):
                 mend_jsonl(file)
@@ -108,21 +106,6 @@ def check_inputs(config: RunConfig, world: World, run: RunFolder) -> Inputs:
     return Inputs(mixture, opened.validation, ds_config, checkpoint, state, total_steps, init_source)
 
 
-def _lock(run: RunFolder) -> None:
-    """Keep other runs out of the folder for as long as this process lives (BlockingIOError where one stays in it)."""
-    handle = open(run.lock_file, "w")  # noqa: SIM115 - the lock goes with the file, so it stays open
-    deadline = time.monotonic() + _SECONDS_FOR_ANOTHER_RUN_TO_END
-    while True:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit this kind of lock
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                raise BlockingIOError from None
-            time.sleep(0.5)
-    _HELD_LOCKS.append(handle)
-
-
 def open_inputs(config: RunConfig, world_size: int, dtype: torch.dtype) -> tuple[OpenedInputs, list[str]]:
     """Open what the run file names, and a sentence for each thing that is wrong with it."""
     problems: list[str] = []
@@ -140,6 +123,7 @@ def open_inputs(config: RunConfig, world_size: int, dtype: torch.dtype) -> tuple
             validation = Corpus.open(config.data.validation, access)
     except UserError as e:
         problems += [f"data.validation: {p}" for p in e.problems]
+    problems += generation_problems(config, validation)
     try:
         find_template(config.prompt.template)
     except UserError as e:

@@ -5,7 +5,8 @@ averages the gradients over ranks. Dividing by the loss tokens of the whole glob
 size makes that average the gradient of the mean token loss, whatever the split.
 
 Being asked to stop is agreed by all ranks while they wait for data, after every micro-batch and after every batch of
-the validation; a step that is not finished is forgotten, and its samples come first when the run goes on.
+the validation and of its answers; a step that is not finished is forgotten, and its samples come first when the run
+goes on.
 """
 
 import math
@@ -82,7 +83,8 @@ class _Loop:
         try:
             if t.state.validation_due:  # the start before was stopped in it
                 figures = self._validate()
-                t.saver.begin(t.state, figures)
+                if figures:
+                    t.saver.begin(t.state, figures)
             self._steps()
         except StopAgreed:
             self._save_and_stop()
@@ -123,15 +125,14 @@ class _Loop:
             is_last = step.number == total_steps
             if step.number % config.logging_steps == 0 or is_last:
                 self._report(step, exchanged, rate)
-            figures: dict[str, Any] = {}
-            if t.validation is not None and (is_last or (config.eval_steps and step.number % config.eval_steps == 0)):
-                figures = self._validate()
+            step_s = time.perf_counter() - started
+            figures = self._validate()
 
             # -- checkpoint (all ranks), written while the next steps are taken
             if is_last or step.number % config.save_steps == 0 or t.saver.is_better(figures):
                 t.heartbeat.enter("saving")
                 t.saver.begin(t.state, figures)
-            self._allow_for_stopping(time.perf_counter() - started)
+            self._allow_for_stopping(step_s)
 
     def _take_step(self, step: Step, loss_tokens: int, rate: float) -> tuple[torch.Tensor, bool]:
         """This rank's sum of token losses, and whether the optimizer moved (all ranks)."""
@@ -177,14 +178,26 @@ class _Loop:
         self.window = _Window()
 
     def _validate(self) -> dict[str, Any]:
-        """The validation figures of this step, written down (all ranks)."""
-        t = self.t
-        t.state.validation_due = True
-        figures = validation_loss(t, self.stop)
+        """What is due of the validation after this step, measured and written down; often nothing (all ranks)."""
+        t, step, config = self.t, self.t.state.step, self.t.config.train
+        is_last = step == t.stream.total_steps
+        loss_is_due = t.validation is not None and (is_last or _is_due(step, config.eval_steps))
+        answers_are_due = is_last or (_is_due(step, config.generate_steps) if config.generate_steps else loss_is_due)
+        figures: dict[str, Any] = {}
+        if loss_is_due:
+            t.state.validation_due = True
+            figures |= validation_loss(t, self.stop)
+            self.progress.say(f"step {step}: validation loss {figures['validation_loss']:.4f}")
+        if t.generation is not None and answers_are_due:
+            t.state.validation_due = True
+            answered = t.generation.answer(self.stop)
+            figures |= answered.figures
+            self.progress.say(f"step {step}: {answered.summary}")
+            if self.metrics is not None:
+                t.generation.write(answered, step, t.run, self.metrics)
         t.state.validation_due = False
-        if self.metrics is not None:
-            self.metrics.write(t.state.step, figures)
-        self.progress.say(f"step {t.state.step}: validation loss {figures['validation_loss']:.4f}")
+        if self.metrics is not None and figures:
+            self.metrics.write(step, figures)
         return figures
 
     def _save_and_stop(self) -> None:
@@ -206,6 +219,10 @@ class _Loop:
         """An allocation must not end before a micro-step and a save are done: as long as the longest so far."""
         self.longest_step_s = max(self.longest_step_s, step_s)
         self.stop.margin_s = self.t.config.train.stop_margin_s + self.longest_step_s + self.t.saver.longest_s
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 class _Window:

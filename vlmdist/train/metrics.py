@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from vlmdist.run_folder import RunFolder, append_jsonl, mend_jsonl
 
 log = logging.getLogger("vlmdist")
@@ -53,8 +55,16 @@ class MetricsWriter:
         append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **row})
         for name, value in figures.items():
             if isinstance(value, int | float):
-                place = "validation" if name.startswith("validation") else "train"
+                place = "validation" if name.startswith(("validation", "generate")) else "train"
                 self._tensorboard.add_scalar(f"{place}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+    def write_text(self, name: str, markdown: str, step: int) -> None:
+        """To TensorBoard alone."""
+        self._tensorboard.add_text(name, markdown, step)  # type: ignore[no-untyped-call]
+
+    def write_image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """uint8 [height, width, 3], to TensorBoard alone."""
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self._tensorboard.close()  # type: ignore[no-untyped-call]

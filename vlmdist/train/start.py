@@ -27,6 +27,7 @@ from vlmdist.train.checkpoint.load import load_checkpoint, universal_if_needed
 from vlmdist.train.checkpoint.save import Saver
 from vlmdist.train.ds_config import offloads_optimizer
 from vlmdist.train.exchange import log_start
+from vlmdist.train.generate import Generation
 from vlmdist.train.gradients import GradientWatch
 from vlmdist.train.init_from import apply_init_from, restore_inherited
 from vlmdist.train.inputs import Inputs
@@ -50,6 +51,8 @@ class Training:
     prompter: Prompter
     stream: TrainStream
     validation: Corpus | None
+    generation: Generation | None
+    """None: no answers while training."""
     state: TrainState
     gradient_watch: GradientWatch
     saver: Saver
@@ -68,7 +71,9 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
     """Load the model, build the engine, go on from the checkpoint if there is one (all ranks)."""
     heartbeat.enter("loading the model")
     _seed(config.seed)
-    prompter = Prompter.for_run(load_processor(config.model), config)
+    processor = load_processor(config.model)
+    prompter = Prompter.for_run(processor, config)
+    asks = None if config.train.generate_samples is None else Prompter.for_run(processor, config, evaluation=True)
     if config.prompt.train_on == "assistant":
         prompter.prove()
     if prompter.has_images:
@@ -105,8 +110,22 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
     fingerprints = [c.fingerprint for c in inputs.mixture.corpora]
     saver = Saver(engine, run, config, fingerprints, world, heartbeat.alive)
     saver.saved_step = None if inputs.checkpoint is None else inputs.state.step
+    generation = None
+    if asks is not None and inputs.validation is not None:
+        generation = Generation(config, inputs.validation, engine.module, asks, world, heartbeat)
     training = Training(
-        config, world, run, engine, prompter, stream, inputs.validation, inputs.state, watch, saver, heartbeat
+        config=config,
+        world=world,
+        run=run,
+        engine=engine,
+        prompter=prompter,
+        stream=stream,
+        validation=inputs.validation,
+        generation=generation,
+        state=inputs.state,
+        gradient_watch=watch,
+        saver=saver,
+        heartbeat=heartbeat,
     )
     if world.is_main:
         _write_start(training)

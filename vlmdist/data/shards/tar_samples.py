@@ -47,7 +47,7 @@ def list_shards(folder: Path) -> list[Path]:
     except FileNotFoundError:
         raise UserError(f"{folder}: no such folder of shards") from None
     except NotADirectoryError:
-        raise UserError(f"{folder}: is a file; give the folder that holds the tars") from None
+        raise UserError(f"{folder}: is a file; give the folder that holds the tars{_plain_hint([folder])}") from None
     except OSError as e:
         raise UserError(f"{folder}: can't be read: {e.strerror or e}") from None
     compressed = [p.name for p in files if p.name.lower().endswith(_COMPRESSED)]
@@ -58,8 +58,18 @@ def list_shards(folder: Path) -> list[Path]:
     if not shards:
         below = [p.name for p in files if p.is_dir() and any(p.glob("*.tar"))]
         hint = f"; its subfolders have: {', '.join(below[:5])}" if below else ""
-        raise UserError(f"{folder}: has no .tar files{hint}")
+        raise UserError(f"{folder}: has no .tar files{hint or _plain_hint(files)}")
     return shards
+
+
+def _plain_hint(files: Iterable[Path]) -> str:
+    """What to do where questions lie in a .jsonl."""
+    if not any(p.suffix == ".jsonl" for p in files):
+        return ""
+    return (
+        "; a .jsonl with its images can be evaluated (data.test), but training and validation read shards: make them "
+        'by the ten lines of "Bring your own data" in shards/README.md'
+    )
 
 
 def shard_facts(shard: Path) -> dict[str, Any]:

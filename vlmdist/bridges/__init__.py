@@ -1,0 +1,1 @@
+"""Bridges to other evaluation toolkits: lmms-eval and VLMEvalKit."""
