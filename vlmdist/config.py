@@ -90,7 +90,7 @@ class DataConfig(_Section):
     validation: PathText | None = None
     """Folder of shards for the validation loss."""
     test: PathText | None = None
-    """Folder of shards that ``vlmdist evaluate`` scores."""
+    """What ``vlmdist evaluate`` scores: a folder of shards, or a JSONL of questions beside its images."""
     cache_dir: PathText | None = None
     """Folder on this node for shards that lie elsewhere, shared by its ranks and by other runs; null: $VLMDIST_CACHE,
     else a folder in $SLURM_TMPDIR, else ~/.cache/vlmdist/shards."""

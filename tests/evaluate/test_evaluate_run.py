@@ -216,9 +216,10 @@ def test_a_rank_that_waits_learns_of_one_that_failed(tmp_path):
     folder.write_part(0, [])
     folder.mark_failed("old", 3, "of an earlier start")
     folder.mark_failed("now", 1, "MemoryError: no memory")
-    folder.wait_for_parts([0], "now", lambda _: None)
+    assert folder.wait_for_parts([0], "now", 60, lambda _: None) == set()
     with pytest.raises(RunFailed, match="rank 1 failed: MemoryError"):
-        folder.wait_for_parts([0, 1], "now", lambda _: None)
+        folder.wait_for_parts([0, 1], "now", 60, lambda _: None)
+    assert folder.wait_for_parts([0, 1], "later", 0, lambda _: None) == {1}
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

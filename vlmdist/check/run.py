@@ -19,8 +19,8 @@ from vlmdist.check.weights import weight_problems
 from vlmdist.config import RunConfig, load_run
 from vlmdist.data.order import Cursor
 from vlmdist.data.prompt import Prompter
+from vlmdist.data.questions import open_questions
 from vlmdist.data.remote.cache import RemoteAccess
-from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import Mixture
 from vlmdist.distributed import World
 from vlmdist.errors import UserError
@@ -201,7 +201,7 @@ def _check_test_corpus(config: RunConfig, report: Report) -> None:
     """What training does not open: a mistake here would show when the run is to be scored."""
     if config.data.test is not None:
         try:
-            Corpus.open(config.data.test, RemoteAccess.for_run(config.data))
+            open_questions(config.data.test, RemoteAccess.for_run(config.data))
         except UserError as e:
             report.problems += [f"data.test: {p}" for p in e.problems]
     if config.evaluate.metric not in METRICS and config.train.generate_samples is None:  # else told with that

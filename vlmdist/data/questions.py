@@ -107,6 +107,10 @@ class Questions:
     def key(self, i: int) -> str:
         return str(self._rows[i].key)
 
+    def find(self, key: str) -> int | None:
+        """Number of the sample of that key, None where there is none."""
+        return next((i for i in range(len(self)) if self.key(i) == key), None)
+
     def shard_name(self, i: int) -> str:
         """File and line of the row, for messages."""
         return f"{self._file_name} line {self._rows[i].line}"

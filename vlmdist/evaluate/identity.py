@@ -62,7 +62,11 @@ def identity_of(
             "cache": settings.cache,
             "engine": settings.engine,
         },
-        "arithmetic": {"device": device_name, "threads_per_rank": config.threads_per_rank, **_versions(settings.engine)},
+        "arithmetic": {
+            "device": device_name,
+            "threads_per_rank": config.threads_per_rank,
+            **_versions(settings.engine),
+        },
     }
 
 

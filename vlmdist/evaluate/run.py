@@ -44,6 +44,8 @@ class _Job:
     """What rank 0 decided, for all ranks."""
 
     corpus: str
+    fingerprint: str
+    """Of the corpus."""
     subject: Subject
     asked_untrained: bool
     """The model is told what to do: by evaluate.instruction, and by the examples."""
@@ -82,6 +84,8 @@ def evaluate_run(
         job = ranks.decide(lambda: _decide(config, ranks, held, checkpoint, base, name, split, few_shot))
         folder = EvaluationFolder(job.folder)
         corpus = _open(job.corpus, config)
+        if corpus.fingerprint != job.fingerprint:
+            raise UserError(f"{corpus.name}: was changed while the evaluation started; run the same command again")
         batches = _batches(corpus, job.num_samples, config)
         left = [] if job.is_complete else sorted(set(range(len(batches))) - set(job.finished))
         statistics: list[dict[str, Any]] = []
@@ -140,10 +144,17 @@ def _decide(
     elif finished:
         notes.append(f"going on: {len(finished)} of {len(batches)} batches were finished before")
     print(*[f"evaluate: {note}" for note in notes], sep="\n", file=sys.stderr, flush=True)
-    untrained = base or few_shot > 0
-    token = secrets.token_hex(4)
     return _Job(
-        corpus.source, subject, untrained, examples, folder.path, num_samples, finished, is_complete, token=token
+        corpus=corpus.source,
+        fingerprint=corpus.fingerprint,
+        subject=subject,
+        asked_untrained=base or few_shot > 0,
+        examples=examples,
+        folder=folder.path,
+        num_samples=num_samples,
+        finished=finished,
+        is_complete=is_complete,
+        token=secrets.token_hex(4),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmdist.data.questions import Questions, open_questions
 from vlmdist.data.remote.cache import RemoteAccess
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, UserError
@@ -198,7 +199,7 @@ def _add_samples(gallery: Gallery, facts: RunFacts, max_image_bytes: int) -> Non
         )
 
 
-def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
+def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | Questions | None:
     """The corpus that was evaluated, known by its fingerprint; None, with a note, where it can't be opened."""
     splits = ("validation", "test") if gallery.evaluation.name.endswith("-validation") else ("test", "validation")
     wanted = gallery.evaluation.corpus_fingerprint
@@ -210,7 +211,7 @@ def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
             problems.append(f"data.{split} is not set")
             continue
         try:
-            corpus = Corpus.open(folder, access)
+            corpus = open_questions(folder, access)
         except UserError as e:
             problems.append(e.problems[0])
             continue
@@ -221,7 +222,7 @@ def _open_corpus(gallery: Gallery, facts: RunFacts) -> Corpus | None:
     return None
 
 
-def _read_sample(corpus: Corpus, card: Card) -> Sample | None:
+def _read_sample(corpus: Corpus | Questions, card: Card) -> Sample | None:
     place: int | None = card.place  # predictions.jsonl is in the order of the corpus
     if card.place >= len(corpus) or corpus.key(card.place) != card.key:
         place = corpus.find(card.key) if len(corpus) <= _MAX_KEYS_SEARCHED else None
