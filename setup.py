@@ -51,6 +51,9 @@ setup(
         "lmms-eval": ["lmms-eval>=0.7.3"],
         # `vlmdist predictions --to vlmevalkit` as a workbook; .tsv needs nothing
         "vlmevalkit": ["XlsxWriter>=3.1"],
+        # evaluate.engine: vllm. 0.31 to 0.33 pin a transformers below ours, so pip takes 0.30, which lacks the LLaVA
+        # families with ours; 0.32 has them: install it first, then transformers
+        "vllm": ["vllm>=0.30"],
         # coverage-guided fuzzing: tests/fuzz/
         "fuzz": ["atheris>=2.3"],
         "test": [
