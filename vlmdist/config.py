@@ -215,9 +215,9 @@ class EvaluateConfig(_Section):
     max_image_tiles: int | None = Field(None, ge=1)
     """In place of prompt.max_image_tiles when answers are scored; null: the same."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates: transformers, or vLLM where it is installed, one rank a GPU: the same prompts and the same reading
-    of answers, other kernels. An answer of vLLM depends on its batch alone; the bytes are the same at 1 and 2 ranks on
-    CPUs, not yet shown on GPUs. Take a large per_device_eval_batch_size with it."""
+    """What generates: transformers, or vLLM where it is installed, one rank a GPU: the same prompts and the same
+    reading of answers, other kernels. An answer of vLLM depends on its batch alone; the bytes are the same at 1 and 2
+    ranks on CPUs, not yet shown on GPUs. Take a large per_device_eval_batch_size with it."""
     merged: bool = False
     """Answer with the base unquantized, in the arithmetic of the step, and the adapters merged into it, as
     ``vlmdist export --merge`` writes it; false: as trained, beside the base as model.quantization holds it."""

@@ -325,7 +325,7 @@ def test_no_memory_for_the_answers(world: Path, tmp_path: Path, error: type[Exce
         raise error("no. more")
 
     model.get_base_model().register_forward_hook(fail)  # type: ignore[operator]
-    with pytest.raises(RunFailed, match=r"memory while answering the validation samples line2-\d+.*per_device_eval_b"):
+    with pytest.raises(RunFailed, match=r"answering for the validation, with the samples line2-\d+.*per_device_eval_b"):
         generation.answer(StopSignal())
 
 

@@ -11,6 +11,8 @@ from vlmdist.evaluate.metrics import UnreadableTruth
 from vlmdist.evaluate.readable import Readable
 from vlmdist.evaluate.scores import Row, metric_by_name
 
+LESS_MEMORY = "Lower evaluate.per_device_eval_batch_size or evaluate.max_new_tokens"
+
 
 def check_truths(corpus: Readable, samples: Sequence[int], metric: str) -> list[str]:
     """What the metric can't compare with, a sentence a sample. Samples that can't be read are no matter here."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vlmdist.config import RunConfig
 from vlmdist.data.questions import open_questions
 from vlmdist.data.remote.cache import RemoteAccess
 from vlmdist.errors import RunFailed, UserError
-from vlmdist.evaluate.answer import Answerer, check_truths
+from vlmdist.evaluate.answer import LESS_MEMORY, Answerer, check_truths
 from vlmdist.evaluate.engine import open_engine
 from vlmdist.evaluate.few_shot import Shown, choose_examples, clusters_of, show
 from vlmdist.evaluate.identity import choose_corpus, choose_name, identity_of, shown_before
@@ -188,6 +189,8 @@ def _answer(
     left: Sequence[int],
 ) -> dict[str, Any]:
     """Take batches until none is left, then wait for the others' (all ranks). Returns this rank's statistics."""
+    from vlmdist.model.memory import told_when_out_of_memory
+
     statistics: dict[str, Any] = {"rank": ranks.rank, "host": socket.gethostname()}
     statistics |= {"samples": 0, "failed": 0, "load_s": 0.0, "answer_s": 0.0}
     costs = batch_costs(batches, corpus.text_bytes[: job.num_samples], corpus.image_pixels[: job.num_samples])
@@ -204,8 +207,11 @@ def _answer(
                 answerer = _answerer(config, ranks, job, corpus)
                 statistics["load_s"] = time.monotonic() - started_s
                 started_s = time.monotonic()
-            rows = answerer.answer(batches[queue[ticket]])
-            folder.write_part(queue[ticket], rows)
+            number = queue[ticket]
+            keys = partial(_keys, corpus, batches[number])
+            with told_when_out_of_memory("while answering", keys, LESS_MEMORY):
+                rows = answerer.answer(batches[number])
+            folder.write_part(number, rows)
             statistics["samples"] += len(rows)
             statistics["failed"] += sum("error" in row for row in rows)
             longest_s = max(longest_s, time.monotonic() - started_s)
@@ -216,9 +222,9 @@ def _answer(
         if missing:
             late = min(missing, key=queue.index)
             holder = ranks.holder(tickets, queue.index(late))
-            keys = ", ".join(corpus.key(i) for i in batches[late])
+            keys_of_it = ", ".join(_keys(corpus, batches[late]))
             raise RunFailed(
-                f"rank {holder} is late: no batch was finished for {limit_s:.0f} s, and it has that of {keys}. "
+                f"rank {holder} is late: no batch was finished for {limit_s:.0f} s, and it has that of {keys_of_it}. "
                 f"{len(batches) - len(missing)} of {len(batches)} batches are kept: run the same command again to go on"
             )
     except BaseException as e:
@@ -229,6 +235,10 @@ def _answer(
     finally:
         bar.close()
     return statistics
+
+
+def _keys(corpus: Readable, samples: Sequence[int]) -> list[str]:
+    return [corpus.key(i) for i in samples]
 
 
 def _answerer(config: RunConfig, ranks: Ranks, job: _Job, corpus: Readable) -> Answerer:

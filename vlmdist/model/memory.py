@@ -1,11 +1,17 @@
-"""How many bytes a model's weights take on a rank, from its configuration alone: nothing is downloaded or allocated."""
+"""How many bytes a model's weights take on a rank, from its configuration alone: nothing is downloaded or allocated.
 
+And what a rank says that has run out of memory.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmdist.config import ModelConfig
+from vlmdist.errors import RunFailed
 from vlmdist.model.families import Family, auto_model
 from vlmdist.model.precision import resolve_dtype
 
@@ -62,3 +68,14 @@ def _device_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().total)
+
+
+@contextlib.contextmanager
+def told_when_out_of_memory(doing: str, keys: Callable[[], list[str]], mend: str) -> Iterator[None]:
+    """Turn a GPU's or the host's lack of memory into a RunFailed that says what was in hand and what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        where = "GPU memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
+        reason = str(e).split(".")[0] or "no more could be had"
+        raise RunFailed(f"out of {where} {doing}, with the samples {', '.join(keys())}: {reason}. {mend}") from None

@@ -35,7 +35,7 @@ class Evaluation:
     def is_base(self) -> bool:
         """The model before training."""
         if "checkpoint" in self.identity:
-            return self.identity["checkpoint"] is None
+            return self.identity["checkpoint"] is None and self.identity.get("adapter") is None
         return self.name == "base" or self.name.startswith("base-")
 
     @property

@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from vlmdist.config import RunConfig
 from vlmdist.distributed import World
 from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
+from vlmdist.model.memory import told_when_out_of_memory
 from vlmdist.run_folder import RunFolder
 from vlmdist.train.metrics import write_to_log
 from vlmdist.train.signals import StoppedAtOnce
@@ -61,15 +60,11 @@ def ending_together(watch: Watch) -> Iterator[None]:
     watch.goodbye()
 
 
-@contextlib.contextmanager
-def free_of_memory_errors(step: int, keys: Callable[[], list[str]]) -> Iterator[None]:
-    """Turn a GPU's or the host's lack of memory into a RunFailed that says what was in hand and what to lower."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        where = "GPU memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
-        raise RunFailed(
-            f"out of {where} in step {step}, with the samples {', '.join(keys())}: "
-            f"{str(e).split('.')[0] or 'no more could be had'}. Lower train.per_device_train_batch_size, "
-            "train.max_tokens_per_micro_batch or data.max_length, or turn on model.gradient_checkpointing"
-        ) from None
+def free_of_memory_errors(step: int, keys: Callable[[], list[str]]) -> contextlib.AbstractContextManager[None]:
+    """RunFailed, with what to lower, where a step runs out of memory."""
+    return told_when_out_of_memory(
+        f"in step {step}",
+        keys,
+        "Lower train.per_device_train_batch_size, train.max_tokens_per_micro_batch or data.max_length, or turn on "
+        "model.gradient_checkpointing",
+    )

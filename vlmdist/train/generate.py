@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import nn
 
@@ -26,8 +25,8 @@ from vlmdist.data.images.decode import decode_image
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.distributed import World, gather_objects
-from vlmdist.errors import BadSample, RunFailed
-from vlmdist.evaluate.answer import Answerer, check_truths
+from vlmdist.errors import BadSample
+from vlmdist.evaluate.answer import LESS_MEMORY, Answerer, check_truths
 from vlmdist.evaluate.engine import TransformersEngine
 from vlmdist.evaluate.figures import gather_figures
 from vlmdist.evaluate.join import make_ids_differ
@@ -41,6 +40,7 @@ from vlmdist.evaluate.scores import (
     shown_on_one_line,
     write_predictions,
 )
+from vlmdist.model.memory import told_when_out_of_memory
 from vlmdist.run_folder import RunFolder
 from vlmdist.train.exchange import agree_to_go_on
 from vlmdist.train.metrics import MetricsWriter
@@ -191,17 +191,12 @@ class Generation:
         metrics.write_text("validation/answers", _table(answered, self._questions), step)
 
     def _answer_batch(self, batch: Sequence[int]) -> list[Row]:
+        mend = f"{LESS_MEMORY}, or leave out train.generate_samples"
         try:
-            return self._answerer.answer(batch)
+            with told_when_out_of_memory("while answering for the validation", lambda: self._keys(batch), mend):
+                return self._answerer.answer(batch)
         except _StopAsked:  # the other ranks learn it when they have their batch
             return []
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            where = "GPU memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
-            raise RunFailed(
-                f"out of {where} while answering the validation samples {', '.join(self._keys(batch))}: "
-                f"{str(e).split('.')[0] or 'no more could be had'}. Lower evaluate.per_device_eval_batch_size or "
-                "evaluate.max_new_tokens, or leave out train.generate_samples"
-            ) from None
 
     def _keys(self, batch: Sequence[int]) -> list[str]:
         return [self._corpus.key(i) for i in batch]
