@@ -179,6 +179,7 @@ def _compare_with_our_log(run_file, tmp_path):
     assert "f1" in make_table(own_results) or "score" in make_table(own_results)
 
 
+@pytest.mark.slow
 def test_a_wrong_run_file_ends_lmms_eval_by_a_sentence(task, tmp_path):
     done = _lmms_eval(tmp_path / "nope.yaml", task(), tmp_path / "out", processes=1)
     assert done.returncode != 0

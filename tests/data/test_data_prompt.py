@@ -46,6 +46,7 @@ EXPECTED = {
     ),
     "moondream": "{b}\n\nQuestion: q1\n\nAnswer: a1{e}\n\nQuestion: q2\n\nAnswer: a2{e}",
     "receipt-lines": "{b}q1\nNormalized product: a1{e}q2\nNormalized product: a2{e}",
+    "receipt-lines-few-shot": "{b}q1\nNormalized product: a1\nq2\nNormalized product: a2{e}",
     "internlm2": (
         "{b}<|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|>"
         "<|im_start|>user\nq1<|im_end|><|im_start|>assistant\na1<|im_end|>"
@@ -62,7 +63,11 @@ def test_template_reads_as_published(name: str) -> None:
     assert prompter.tokenizer.decode(ids) == expected
 
 
-@pytest.mark.parametrize("name", [*sorted(TEMPLATES), None])
+FOR_EXAMPLES = "receipt-lines-few-shot"
+"""Written for questions behind worked examples; the answers before the last one have no end."""
+
+
+@pytest.mark.parametrize("name", [*sorted(TEMPLATES.keys() - {FOR_EXAMPLES}), None])
 def test_tokens_in_the_loss_are_the_assistants(name: str | None) -> None:
     prompter = text_prompter(find_template(name))
     prompter.prove()

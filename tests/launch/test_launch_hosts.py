@@ -158,6 +158,7 @@ def test_hosts_that_cannot_run_ranks_are_all_named_before_anything_starts(hosts:
 # --- vlmdist itself ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_losses_are_those_of_one_machine_also_through_a_stop(hosts: TwoHosts, folder: Path, tiny_world: Path) -> None:
     settings = {"max_steps": 24, "save_steps": 50, "eval_steps": 50, "logging_steps": 1}

@@ -44,6 +44,7 @@ def test_two_nodes_train_to_the_end_and_the_loss_falls(slurm: SlurmTestbed, rece
     assert_audit_is_clean(run)
 
 
+@pytest.mark.slow
 def test_job_stopped_twice_comes_back_and_ends_as_if_undisturbed(
     slurm: SlurmTestbed, receipts: Path, tmp_path: Path
 ) -> None:

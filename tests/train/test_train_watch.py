@@ -53,8 +53,8 @@ def work_for_ever():
     threading.Event().wait()
 
 
-def loader_worker(pipe):
-    die_with_parent()
+def loader_worker(pipe, parent):
+    die_with_parent(parent)
     files = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     pipe.send([os.readlink(file) for file in files if os.path.lexists(file)])
     work_for_ever()
@@ -62,7 +62,7 @@ def loader_worker(pipe):
 
 def start_loader():
     here, there = multiprocessing.get_context("fork").Pipe()
-    worker = multiprocessing.get_context("fork").Process(target=loader_worker, args=(there,))
+    worker = multiprocessing.get_context("fork").Process(target=loader_worker, args=(there, os.getpid()))
     worker.start()
     (folder / f"child-of-{rank}").write_text(json.dumps({"pid": worker.pid, "open": here.recv()}))
     return here

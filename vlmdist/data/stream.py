@@ -9,10 +9,12 @@
 """
 
 import math
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,7 +140,7 @@ class TrainStream:
             sampler=_Tasks(self, cursor, steps_done, planned),
             num_workers=self.num_workers,
             prefetch_factor=_PREFETCHED if self.num_workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             pin_memory=torch.cuda.is_available(),
         )
         micro_batches = iter(loader)
@@ -268,7 +270,11 @@ def validation_batches(
     tasks = [_Task(mine, ahead) for mine, ahead in zip(rows, [*rows[1:], ()], strict=True)] if rows else []
     dataset = _MicroBatches([corpus], prompter, needs_image=False)
     yield from DataLoader(
-        dataset, batch_size=None, sampler=tasks, num_workers=min(num_workers, 1), worker_init_fn=_start_worker
+        dataset,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=min(num_workers, 1),
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
 
 
@@ -288,8 +294,8 @@ def _out_of_loss(encoded: Encoded) -> Encoded:
     return Encoded(encoded.input_ids, [False] * len(encoded.input_ids), encoded.per_token, encoded.features)
 
 
-def _start_worker(worker: int) -> None:
-    die_with_parent()
+def _start_worker(rank_pid: int, worker: int) -> None:
+    die_with_parent(rank_pid)
     # the training loop alone decides when to stop; a worker that dies of the signal would take the batch with it
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

@@ -218,7 +218,10 @@ class _Server:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         child = context.Process(
-            target=_serve, args=(theirs, options, sampling, _visible_device(device)), name="vllm", daemon=True
+            target=_serve,
+            args=(os.getpid(), theirs, options, sampling, _visible_device(device)),
+            name="vllm",
+            daemon=True,
         )
         child.start()
         theirs.close()
@@ -265,8 +268,10 @@ def _visible_device(device: "torch.device") -> str | None:
 # -- in the child ------------------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, options: dict[str, Any], sampling: dict[str, Any], gpu: str | None) -> None:
-    die_with_parent()
+def _serve(
+    rank_pid: int, connection: Connection, options: dict[str, Any], sampling: dict[str, Any], gpu: str | None
+) -> None:
+    die_with_parent(rank_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the rank decides
     _set_environment(gpu)

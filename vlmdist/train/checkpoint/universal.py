@@ -3,7 +3,7 @@
 https://www.deepspeed.ai/tutorials/universal-checkpointing/. Run as a process of its own, once a start, by rank 0:
 DeepSpeed's converter forks workers, which a process with a process group had better not do.
 
-    python -m vlmdist.train.checkpoint.universal CHECKPOINT OUT
+    python -m vlmdist.train.checkpoint.universal CHECKPOINT OUT PARENT_PID
 """
 
 import re
@@ -69,5 +69,5 @@ def _rank_of(file: Path) -> int:
 if __name__ == "__main__":
     from vlmdist.processes import die_with_parent
 
-    die_with_parent()
+    die_with_parent(int(sys.argv[3]))
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
