@@ -41,7 +41,14 @@ def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
         if world.is_main:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            command = [sys.executable, "-m", "vlmdist.train.checkpoint.universal", str(checkpoint), str(out), str(os.getpid())]
+            command = [
+                sys.executable,
+                "-m",
+                "vlmdist.train.checkpoint.universal",
+                str(checkpoint),
+                str(out),
+                str(os.getpid()),
+            ]
             env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             done = subprocess.run(command, capture_output=True, text=True, env=env)  # noqa: S603
             if done.returncode != 0:
