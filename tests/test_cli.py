@@ -40,7 +40,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["bench", "predict"])
+@pytest.mark.parametrize("command", ["predict"])
 def test_commands_to_come_say_so(command: str) -> None:
     done = vlmdist(command, "x", "--flag")
     assert done.returncode == 2

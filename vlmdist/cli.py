@@ -20,7 +20,6 @@ from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
 from vlmdist.processes import kill_children
 
 _LATER = {
-    "bench": "measure tokens/s, samples/s, MFU, data wait and scaling over ranks",
     "predict": "answer one text or image at the prompt",
 }
 
@@ -153,6 +152,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train; resumes by itself from the newest whole checkpoint", overrides=True)
     sub.add_argument("run_file", metavar="RUN.yaml")
+
+    sub = command("bench", _bench, "measure a run file's training steps; or put results side by side", overrides=True)
+    sub.add_argument("measured", nargs="+", metavar="RUN.yaml | RESULT.json ...", help="what to measure, or results")
+    sub.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps measured (default: 20)")
+    sub.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
+    sub.add_argument("--synthetic", action="store_true", help="the same micro-batches again and again: no data is read")
+    sub.add_argument("--random-weights", action="store_true", help="the model from its configuration, none downloaded")
+    sub.add_argument("--profile", action="store_true", help="a trace of the last steps by torch's profiler, each rank")
+    sub.add_argument("--name", help="folder under bench/ (default: ranks-NNNN)")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    sub.add_argument("--png", type=Path, metavar="FILE", help="of results side by side: a picture of their scaling")
 
     sub = command("evaluate", _evaluate, "generate answers and score them, on any number of ranks", overrides=True)
     sub.add_argument("run_file", metavar="RUN.yaml")
@@ -305,6 +315,51 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
             train(config, stop)
     except StoppedAtOnce:
         raise StopRequested("asked to stop before the first step: nothing to save; run again to begin") from None
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.run_folder import replace_file_text
+
+    if all(name.endswith(".json") for name in arguments.measured):
+        from vlmdist.bench.table import draw_scaling, format_scaling, read_results
+
+        results = read_results(arguments.measured)
+        print(format_scaling(results))
+        if arguments.png is not None:
+            draw_scaling(results, arguments.png)
+        return
+    if len(arguments.measured) > 1 or arguments.png is not None:
+        raise UserError(
+            "bench: give one run file to measure, or results (.json) to put side by side, with --png or not"
+        )
+    from vlmdist.config import load_run
+    from vlmdist.distributed import adopt_slurm_environment
+    from vlmdist.train.signals import StoppedAtOnce, StopSignal
+
+    try:
+        with StopSignal() as stop:
+            adopt_slurm_environment()
+            config = load_run(arguments.measured[0], overrides)
+            _quiet_libraries()
+            from vlmdist.bench.run import bench_run
+            from vlmdist.bench.table import format_result
+
+            result = bench_run(
+                config,
+                stop,
+                num_steps=arguments.steps,
+                num_warmup_steps=arguments.warmup,
+                synthetic=arguments.synthetic,
+                random_weights=arguments.random_weights,
+                profile=arguments.profile,
+                name=arguments.name,
+            )
+    except StoppedAtOnce:
+        raise StopRequested("asked to stop before the first step: nothing was measured") from None
+    if result is not None:
+        print(format_result(result), f"\nin {result['folder']}", sep="\n")
+        if arguments.json is not None:
+            replace_file_text(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:

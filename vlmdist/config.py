@@ -37,6 +37,8 @@ class ModelConfig(_Section):
     """Parts whose linear layers quantization holds so. A quantised vision tower or projector often gives nonsense."""
     new_parts: list[Literal["vision_tower", "projector", "language_model", "head"]] = []
     """Parts whose weights are drawn anew when a run starts: a projector that has yet to learn to see."""
+    random_weights: bool = False
+    """Draw all weights at random, from the configuration alone: to measure speed and memory with nothing downloaded."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the step. auto: bf16 from compute capability 8.0 and on CPU, fp16 below (V100)."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"

@@ -3,7 +3,7 @@
 run.yaml              the effective run file
 environment.json      versions, devices, world size of every start
 train.log             what the run said
-metrics.jsonl         loss, learning rate, throughput; one row every logging_steps steps
+metrics.jsonl         loss, learning rate, throughput, where the time goes; one row every logging_steps steps
 steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` reads)
 bad_samples.jsonl     samples left out: shard, key, why
 tensorboard/

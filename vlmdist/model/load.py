@@ -13,6 +13,7 @@ from vlmdist.model.families import PARTS, Family, auto_model, family_of
 from vlmdist.model.memory import memory_problem
 from vlmdist.model.precision import precision_problems, resolve_attention, resolve_dtype
 from vlmdist.model.processors import ImageTextProcessor
+from vlmdist.model.random_weights import draw_model
 from vlmdist.run_folder import TRAINABLE_WEIGHTS
 
 
@@ -92,10 +93,13 @@ def _load_base(config: ModelConfig, device: torch.device) -> tuple[Any, Family]:
     if config.attn_implementation != "auto" or attention != "sdpa":
         # left open, transformers takes sdpa for every part that can do it and eager for others (Gemma-2's decoder)
         options["attn_implementation"] = attention
-    if config.quantization != "none":
-        options["quantization_config"] = _quantization(config, dtype, family)
-        options["device_map"] = {"": device}
-    model = from_pretrained(auto_model(family), config, **options)
+    if config.random_weights:
+        model = draw_model(config, transformers_config, family, device, **options)
+    else:
+        if config.quantization != "none":
+            options["quantization_config"] = _quantization(config, dtype, family)
+            options["device_map"] = {"": device}
+        model = from_pretrained(auto_model(family), config, **options)
     _refuse_quantized_unasked(model, config, family)
     _keep_gradients_through_4bit_on_cpu(model)
     model.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)

@@ -24,6 +24,7 @@ IDENTITY = (
     "model.trust_remote_code",  # decides whose code the model is
     "model.quantization",
     "model.quantized_parts",
+    "model.random_weights",
     "model.new_parts",  # drawn before the first step only: a later change would do nothing, unsaid
     "model.precision",  # the dtype of the weights, and whether there is a loss scaler
     "adapt.vision_tower",

@@ -12,6 +12,7 @@ goes on.
 import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,13 @@ from vlmdist.data.stream import Step
 from vlmdist.distributed import gather_objects, init_world, shutdown, sum_over_ranks
 from vlmdist.errors import StopRequested
 from vlmdist.train.account import account_bad_samples, count_nonfinite
+from vlmdist.train.clock import Phase, PhaseClock, StepTimes, peak_memory_bytes, phase_figures
 from vlmdist.train.end import ending_together, free_of_memory_errors, start_watch
 from vlmdist.train.exchange import Exchanged, StopAgreed, agree_to_go_on, log_step, next_step
 from vlmdist.train.feed import Feed
 from vlmdist.train.inputs import check_inputs, open_run_folder
 from vlmdist.train.loss import token_loss_sum
+from vlmdist.train.measure import Measurement
 from vlmdist.train.metrics import MetricsWriter, log, start_logging
 from vlmdist.train.optim import learning_rate
 from vlmdist.train.progress import Progress
@@ -38,9 +41,10 @@ from vlmdist.train.watch.heartbeat import Heartbeat
 from vlmdist.train.watch.process import flight_recorder_environment
 
 
-def train(config: RunConfig, stop: StopSignal) -> None:
+def train(config: RunConfig, stop: StopSignal, measurement: Measurement | None = None) -> None:
     """Train to the end, or until ``stop`` has noted a signal (all ranks).
 
+    measurement: the steps are taken to be measured, and no checkpoint is written.
     Raises UserError for wrong input, RunFailed where the run can't go on, StopRequested after a requested checkpoint,
     OtherRankFailed where another rank has said why.
     """
@@ -60,19 +64,23 @@ def train(config: RunConfig, stop: StopSignal) -> None:
             log.info("nothing to do: all %d steps of %s are done", inputs.total_steps, run.path)
         else:
             training = prepare(config, world, run, inputs, heartbeat)
+            if measurement is not None:
+                measurement.begin(training)
             stop.started()
-            _Loop(training, stop).run()
+            _Loop(training, stop, measurement).run()
     shutdown()
 
 
 class _Loop:
     """The steps of one start of a run, and what is kept between them."""
 
-    def __init__(self, t: Training, stop: StopSignal):
-        self.t, self.stop = t, stop
+    def __init__(self, t: Training, stop: StopSignal, measurement: Measurement | None = None):
+        self.t, self.stop, self.measurement = t, stop, measurement
         self.metrics = MetricsWriter(t.run) if t.world.is_main else None
         self.progress = Progress(t.stream.total_steps, t.state.step, t.world.is_main)
-        self.window = _Window()
+        self.window = _Window(t)
+        self.clock = PhaseClock.of_deepspeed(t.world.device)
+        self.step_times = StepTimes(t.config.train.logging_steps)
         self.spikes = SpikeDetector()
         self.longest_step_s = 0.0
 
@@ -100,8 +108,8 @@ class _Loop:
 
             # -- what the ranks have in hand, and whether anyone was asked to stop (all ranks)
             due = (t.state.cursor, t.state.step)
-            t.heartbeat.enter("waiting for data", step=t.state.step + 1, keys=partial(t.stream.keys_due, *due))
-            found = next_step(feed, self.stop, t.saver, ready=lambda: t.heartbeat.enter("waiting for the other ranks"))
+            self._enter(Phase.DATA, step=t.state.step + 1, keys=partial(t.stream.keys_due, *due))
+            found = next_step(feed, self.stop, t.saver, ready=lambda: self._enter(Phase.OTHER_RANKS))
             if found is None:
                 return
             step, exchanged = found
@@ -114,6 +122,7 @@ class _Loop:
 
             # -- the step is done: move the cursor (all ranks)
             t.heartbeat.step_done()
+            self.clock.step_done()
             t.state.step, t.state.cursor = step.number, step.next_cursor
             t.state.tokens += exchanged.tokens
             if t.world.is_main:
@@ -121,11 +130,16 @@ class _Loop:
             count_nonfinite(t, step, exchanged, applied)
 
             # -- figures (all ranks sum, rank 0 writes)
-            self.window.add(loss_sum if applied else None, exchanged, time.perf_counter() - started, data_wait_s)
+            seconds = time.perf_counter() - started
+            self.step_times.add(seconds)
+            self.window.add(step, exchanged, loss_sum if applied else None, seconds, data_wait_s)
             is_last = step.number == total_steps
             if step.number % config.logging_steps == 0 or is_last:
                 self._report(step, exchanged, rate)
             step_s = time.perf_counter() - started
+            if self.measurement is not None:
+                self.measurement.step_done(t)
+                continue
             figures = self._validate()
 
             # -- checkpoint (all ranks), written while the next steps are taken
@@ -147,27 +161,33 @@ class _Loop:
         last = len(step.micro_batches) - 1
         for i, micro_batch in enumerate(step.micro_batches):
             keys = partial(t.keys_of, micro_batch.sample_numbers)
-            t.heartbeat.enter("forward", keys=keys)
+            self._enter(Phase.HOST_TO_DEVICE, keys=keys)
             with free_of_memory_errors(step.number, keys):
                 on_device = micro_batch.to(t.world.device)
+                self._enter(Phase.FORWARD, keys=keys)
                 t.engine.set_gradient_accumulation_boundary(i == last)
                 micro_loss = token_loss_sum(t.engine, on_device)
-                t.heartbeat.enter("backward", keys=keys)
+                self._enter(Phase.BACKWARD, keys=keys)
                 # a loss that is not finite makes every gradient so, whatever the backward would have made of it
                 t.engine.backward(micro_loss * (t.world.size / loss_tokens + 0 * micro_loss.detach()))
                 loss_sum += micro_loss.detach()
                 if i == last:
                     t.gradient_watch.check()
-                    t.heartbeat.enter("optimizer step", keys=keys)
+                    self._enter(Phase.OPTIMIZER, keys=keys)
                     t.saver.before_update()
                 t.engine.step()
             if i != last:
-                t.heartbeat.enter("agreeing to go on")
+                self._enter(Phase.AGREEING)
                 agree_to_go_on(self.stop)
         return loss_sum, t.engine.was_step_applied()
 
+    def _enter(self, phase: Phase, *, step: int | None = None, keys: Callable[[], list[str]] | None = None) -> None:
+        """Tell the watch and the clock what this rank goes over to."""
+        self.t.heartbeat.enter(phase.value, step=step, keys=keys)
+        self.clock.enter(phase)
+
     def _report(self, step: Step, exchanged: Exchanged, rate: float) -> None:
-        figures = self.window.figures(self.t, rate)
+        figures = self.window.figures(rate, self.clock) | self.step_times.figures()
         if self.metrics is not None:
             self.metrics.write(step.number, figures)
         self.progress.show(step.number, figures)
@@ -175,7 +195,7 @@ class _Loop:
         if spike is not None:
             keys = ", ".join(self.t.keys_of(exchanged.samples))
             log.warning("step %d: loss spike: %s; the samples of its last step: %s", step.number, spike, keys)
-        self.window = _Window()
+        self.window = _Window(self.t)
 
     def _validate(self) -> dict[str, Any]:
         """What is due of the validation after this step, measured and written down; often nothing (all ranks)."""
@@ -203,6 +223,8 @@ class _Loop:
     def _save_and_stop(self) -> None:
         """Make sure that ``state`` is a checkpoint, then StopRequested (all ranks)."""
         t = self.t
+        if self.measurement is not None:
+            raise StopRequested("asked to stop: the measurement is not finished; run again to begin it anew")
         t.heartbeat.enter("saving")
         if t.saver.saved_step == t.state.step and not t.state.validation_due:
             t.saver.finish()
@@ -228,25 +250,41 @@ def _is_due(step: int, every: int | None) -> bool:
 class _Window:
     """Sums between two rows of metrics.jsonl; divided once, when the row is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, t: Training) -> None:
+        self.t = t
         self.loss_sum: torch.Tensor | float = 0.0
-        self.loss_tokens = self.tokens = self.samples = self.steps = 0
+        self.loss_tokens = self.tokens = self.samples = self.images = self.steps = 0
+        self.padded_tokens = 0
+        """Of this rank alone, padding and placeholders counted."""
+        self.flops = 0.0
+        """Of this rank alone."""
         self.seconds = self.data_wait_s = 0.0
 
-    def add(self, loss_sum: torch.Tensor | None, exchanged: Exchanged, seconds: float, data_wait_s: float) -> None:
+    def add(
+        self, step: Step, exchanged: Exchanged, loss_sum: torch.Tensor | None, seconds: float, data_wait_s: float
+    ) -> None:
         """loss_sum: None for a step that was skipped, whose loss says nothing."""
         if loss_sum is not None:
             self.loss_sum = self.loss_sum + loss_sum  # stays on the device: no wait for it here
             self.loss_tokens += exchanged.loss_tokens
         self.tokens += exchanged.tokens
+        self.padded_tokens += sum(mb.labels.numel() for mb in step.micro_batches)
+        self.flops += sum(self.t.flops_of(mb).total for mb in step.micro_batches)
         self.samples += len(exchanged.samples)
+        self.images += self.t.num_images(exchanged.samples)
         self.steps += 1
         self.seconds += seconds
         self.data_wait_s += data_wait_s
 
-    def figures(self, t: Training, rate: float) -> dict[str, Any]:
+    def figures(self, rate: float, clock: PhaseClock) -> dict[str, Any]:
         """A row of metrics.jsonl; the loss is the mean over all loss tokens of the window (all ranks)."""
-        loss = float(sum_over_ranks(torch.tensor([float(self.loss_sum)], dtype=torch.float64)))
+        t = self.t
+        mine = [float(self.loss_sum), self.padded_tokens, self.flops, peak_memory_bytes(t.world.device), *clock.take()]
+        rows = torch.zeros(t.world.size, len(mine), dtype=torch.float64)
+        rows[t.world.rank] = torch.tensor(mine, dtype=torch.float64)
+        sum_over_ranks(rows)  # every rank has the rows of all now
+        loss, padded_tokens, flops = rows[:, :3].sum(dim=0).tolist()
+        flops_per_s = flops / self.seconds / t.world.size
         norm = t.engine.get_global_grad_norm()
         epoch_length = t.stream.mixture.epoch_length(t.state.cursor.epoch)
         return {
@@ -261,6 +299,14 @@ class _Window:
             "skipped_steps": t.state.skipped_steps,
             "step_seconds": round(self.seconds / self.steps, 4),
             "data_wait_seconds": round(self.data_wait_s / self.steps, 4),
+            **phase_figures(rows[:, 4:], self.steps, clock.mixed),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "padded_tokens_per_second": round(padded_tokens / self.seconds, 1),
+            "loss_tokens_per_second": round(self.loss_tokens / self.seconds, 1),
+            "samples_per_second": round(self.samples / self.seconds, 2),
+            "images_per_second": round(self.images / self.seconds, 2),
+            "tflops_per_second_per_rank": round(flops_per_s / 1e12, 4),
+            "mfu_percent": None if t.peak_flops_per_s is None else round(100 * flops_per_s / t.peak_flops_per_s, 2),
+            "peak_memory_gb": round(float(rows[:, 3].max()) / 1e9, 3),
             "tokens_so_far": t.state.tokens,
         }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vlmdist.config import RunConfig, dump_run
+from vlmdist.data.collate import MicroBatch
 from vlmdist.data.costs import NUM_MEASURED, CostRule, SampleCosts, apply_rule, measure_rule
 from vlmdist.data.prompt import Prompter
 from vlmdist.data.shards.corpus import Corpus
@@ -21,7 +22,9 @@ from vlmdist.data.stream import TrainStream
 from vlmdist.distributed import World, barrier, gather_objects
 from vlmdist.model.adapters import num_elements, part_sizes, trains_vision
 from vlmdist.model.families import Family
+from vlmdist.model.flops import Flops, StepFlops
 from vlmdist.model.load import load_for_training, load_processor
+from vlmdist.model.peaks import gpu_peak
 from vlmdist.run_folder import RunFolder, replace_file_text
 from vlmdist.train.checkpoint.load import load_checkpoint, universal_if_needed
 from vlmdist.train.checkpoint.save import Saver
@@ -54,6 +57,9 @@ class Training:
     generation: Generation | None
     """None: no answers while training."""
     state: TrainState
+    flops: StepFlops
+    peak_flops_per_s: float | None
+    """Of this rank's GPU, as its maker tells it; None where nobody does."""
     gradient_watch: GradientWatch
     saver: Saver
     heartbeat: Heartbeat
@@ -62,9 +68,19 @@ class Training:
     def corpora(self) -> list[Corpus]:
         return list(self.stream.mixture.corpora)
 
+    def flops_of(self, micro_batch: MicroBatch) -> Flops:
+        """Model FLOPs of its forward and backward; of a micro-batch that is on the host."""
+        mb = micro_batch
+        return self.flops.of_micro_batch(mb.inputs, mb.num_loss_tokens, len(mb.sample_numbers), mb.packed_lengths)
+
     def keys_of(self, samples: Iterable[Sequence[int]]) -> list[str]:
         """Keys of training samples given as (corpus, sample)."""
         return [self.corpora[corpus].key(int(sample)) for corpus, sample in samples]
+
+    def num_images(self, samples: np.ndarray) -> int:
+        """Of training samples given as (corpus, sample) [n, 2]."""
+        numbers = [samples[samples[:, 0] == corpus, 1] for corpus in range(len(self.corpora))]
+        return sum(int(c.num_images[mine].sum()) for c, mine in zip(self.corpora, numbers, strict=True))
 
 
 def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, heartbeat: Heartbeat) -> Training:
@@ -90,6 +106,8 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
         prove_packing(model, prompter)
     heartbeat.enter("planning")
     costs = _plan_costs(inputs, prompter, model, family, world)
+    flops = StepFlops.of(model, family)
+    peak = gpu_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     heartbeat.enter("building the engine")
     engine = _start_engine(model, config, world, inputs)
     stream = TrainStream(
@@ -122,6 +140,8 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
         stream=stream,
         validation=inputs.validation,
         generation=generation,
+        flops=flops,
+        peak_flops_per_s=None if peak is None else peak.flops_per_s,
         state=inputs.state,
         gradient_watch=watch,
         saver=saver,

@@ -1,0 +1,1 @@
+"""How fast a run file trains, measured by training it: ``vlmdist bench``."""
