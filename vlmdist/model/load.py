@@ -11,6 +11,7 @@ from vlmdist.errors import UserError
 from vlmdist.model.adapters import adapt, load_adapter, load_trainable, merge_adapters
 from vlmdist.model.families import PARTS, Family, auto_model, family_of
 from vlmdist.model.memory import memory_problem
+from vlmdist.model.packed_attention import attend_by_sample
 from vlmdist.model.precision import precision_problems, resolve_attention, resolve_dtype
 from vlmdist.model.processors import ImageTextProcessor
 from vlmdist.model.random_weights import draw_model
@@ -27,6 +28,8 @@ def load_processor(config: ModelConfig) -> Any:
 
 def load_for_training(config: RunConfig, device: torch.device) -> tuple[nn.Module, Family]:
     """The model with its adapters, in training mode, on ``device``."""
+    if config.train.packing:
+        attend_by_sample()
     model, family = _load_base(config.model, device)
     torch.manual_seed(config.seed)  # the same first weights on every rank, whatever was drawn before
     _draw_anew(model, config, family)
