@@ -110,11 +110,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     seconds = [row["step_seconds"] for row in rows]
     whole_s = sum(seconds)
-    rates = {
-        name: round(sum(row[name] * row["step_seconds"] for row in rows) / whole_s, 2)
-        for name in RATES
-        if name in rows[0]
-    }
+    rates = {name: _over_time(rows, name, 2) for name in RATES}
     split = {name: round(statistics.fmean(row[name] for row in rows), 6) for name in SPLIT}
     split["other_seconds"] = round(max(0.0, whole_s / len(rows) - sum(split.values())), 6)
     ordered = sorted(seconds)
