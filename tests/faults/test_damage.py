@@ -55,9 +55,10 @@ def test_full_disk(nursery: Nursery, tiny_world: Path, small_disk: Path, whole_o
     )
     file = write_run(tree, small_disk.with_name("full.yaml"))
     output = end(nursery.start(2, ["train", file]), 1)
-    assert output.count("failed: checkpoint of step") == 1
+    # whoever writes next to the full disk says it, once: a checkpoint as a rule, a row of figures now and then
+    assert sum("failed: " in line for line in output.splitlines()) == 1, output
     assert "no space left" in output.lower()
-    assert "Earlier checkpoints are untouched." in output
+    assert "Earlier checkpoints are untouched." in output or f"failed: {folder}/" in output
     assert "Traceback" not in output
     checkpoint, skipped = RunFolder(folder).newest_whole_checkpoint()
     assert checkpoint is not None

@@ -11,7 +11,6 @@ slowest_rank, _percent   who was busy for longest, and by how many % longer than
 peak_memory_gb           the most (10^9 bytes) that any rank has held since its start: on a GPU, or else in its host
 """
 
-import atexit
 import logging
 import math
 import sys
@@ -50,32 +49,29 @@ def write_to_log(text: str) -> None:
 
 
 class MetricsWriter:
-    """Rows of metrics.jsonl and the same figures as TensorBoard scalars (rank 0)."""
+    """Rows of metrics.jsonl and the same figures as TensorBoard scalars (rank 0). OSError where a disk is full."""
 
     def __init__(self, run: RunFolder):
-        from torch.utils.tensorboard import SummaryWriter
+        from vlmdist.train.tensorboard import EventFile
 
         self._file = run.metrics_file
         mend_jsonl(self._file)
-        self._tensorboard = SummaryWriter(str(run.tensorboard_dir))  # type: ignore[no-untyped-call]
-        atexit.register(self.close)  # however the run ends, what was logged is written
+        self._events = EventFile(run.tensorboard_dir)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         # JSON has no NaN
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **row})
-        for name, value in figures.items():
-            if isinstance(value, int | float):
-                place = "validation" if name.startswith(("validation", "generate")) else "train"
-                self._tensorboard.add_scalar(f"{place}/{name}", value, step)  # type: ignore[no-untyped-call]
+        self._events.add_scalars(step, {_tag(k): v for k, v in figures.items() if isinstance(v, int | float)})
 
     def write_text(self, name: str, markdown: str, step: int) -> None:
         """To TensorBoard alone."""
-        self._tensorboard.add_text(name, markdown, step)  # type: ignore[no-untyped-call]
+        self._events.add_text(step, name, markdown)
 
     def write_image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """uint8 [height, width, 3], to TensorBoard alone."""
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._events.add_image(step, name, pixels)
 
-    def close(self) -> None:
-        self._tensorboard.close()  # type: ignore[no-untyped-call]
+
+def _tag(name: str) -> str:
+    return f"{'validation' if name.startswith(('validation', 'generate')) else 'train'}/{name}"
