@@ -275,7 +275,7 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    _quiet_libraries()
+    _set_up_libraries()
     from vlmdist.check.run import check_run
     from vlmdist.check.slurm import read_request
     from vlmdist.check.text import format_report
@@ -309,7 +309,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         with StopSignal() as stop:  # from the first moment: the imports alone take seconds
             adopt_slurm_environment()
             config = load_run(arguments.run_file, overrides)
-            _quiet_libraries()
+            _set_up_libraries()
             from vlmdist.train.loop import train
 
             train(config, stop)
@@ -340,7 +340,7 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
         with StopSignal() as stop:
             adopt_slurm_environment()
             config = load_run(arguments.measured[0], overrides)
-            _quiet_libraries()
+            _set_up_libraries()
             from vlmdist.bench.run import bench_run
             from vlmdist.bench.table import format_result
 
@@ -371,7 +371,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         with StopSignal():  # batches are written whole, so a stop may come at any moment
             adopt_slurm_environment()
             config = load_run(arguments.run_file, overrides)
-            _quiet_libraries()
+            _set_up_libraries()
             from vlmdist.evaluate.run import evaluate_run
             from vlmdist.evaluate.scores import format_scores
 
@@ -425,7 +425,7 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    _quiet_libraries()
+    _set_up_libraries()
     from vlmdist.export.run import export_run, format_export
 
     facts = export_run(
@@ -451,8 +451,11 @@ def _not_yet(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 2
 
 
-def _quiet_libraries() -> None:
-    """One process says things once: the libraries' own chatter of every rank would bury the run's lines."""
+def _set_up_libraries() -> None:
+    """Before they are imported. They are made quiet: the chatter of every rank would bury the run's lines."""
+    # large tensors on huge pages, for torch's first tensor to find: on a CPU the loss over 128k logits takes 60 % of
+    # the time, since half of it went into page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

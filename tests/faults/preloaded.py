@@ -157,7 +157,7 @@ class Server:
 def _preload() -> None:
     from vlmdist import cli
 
-    cli._quiet_libraries()  # before the libraries are imported, as the command does it
+    cli._set_up_libraries()  # before the libraries are imported, as the command does it
     for name in _LAZY_MODULES:
         importlib.import_module(name)
     gc.collect()

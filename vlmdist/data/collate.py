@@ -30,6 +30,8 @@ class MicroBatch:
     """Why the run can't go on: shards can't be had any more."""
     packed_lengths: tuple[int, ...] = ()
     """Tokens of each sample of a packed row; () where every sample has a row of its own."""
+    positions_in_loss: torch.Tensor | None = None
+    """``loss_tokens`` has it; found on the host, since to find it on the device is to wait for it."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -42,15 +44,33 @@ class MicroBatch:
             return sum(self.packed_lengths[: len(self.sample_numbers)])
         return int(self.inputs["attention_mask"][: len(self.sample_numbers)].sum())
 
+    def loss_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The N tokens in the loss: the place in the flattened [B * T] that each is told from, and its id; [N], [N]."""
+        positions = self._positions_in_loss()
+        return positions, self.labels.flatten()[positions + 1]
+
+    def _positions_in_loss(self) -> torch.Tensor:
+        if self.positions_in_loss is not None:
+            return self.positions_in_loss
+        told = torch.zeros_like(self.labels, dtype=torch.bool)
+        told[:, :-1] = self.labels[:, 1:] != NOT_IN_LOSS
+        return told.flatten().nonzero()[:, 0]
+
     def to(self, device: torch.device) -> "MicroBatch":
         """On the device, pixels normalised."""
         moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        return replace(self, inputs=moved, labels=self.labels.to(device, non_blocking=True))
+        return replace(
+            self,
+            inputs=moved,
+            labels=self.labels.to(device, non_blocking=True),
+            positions_in_loss=self._positions_in_loss().to(device, non_blocking=True),
+        )
 
     def pin_memory(self) -> "MicroBatch":
         """In memory from which the device copies without the host waiting; what DataLoader(pin_memory=True) calls."""
         pinned = {k: v.pin_memory() for k, v in self.inputs.items()}
-        return replace(self, inputs=pinned, labels=self.labels.pin_memory())
+        positions = self._positions_in_loss().pin_memory()
+        return replace(self, inputs=pinned, labels=self.labels.pin_memory(), positions_in_loss=positions)
 
 
 def pad_right(rows: Sequence[Encoded], pad_token_id: int) -> tuple[dict[str, Any], torch.Tensor]:

@@ -31,7 +31,7 @@ from vlmdist.train.inputs import check_inputs, open_run_folder
 from vlmdist.train.loss import token_loss_sum
 from vlmdist.train.measure import Measurement
 from vlmdist.train.metrics import MetricsWriter, log, start_logging
-from vlmdist.train.optim import learning_rate
+from vlmdist.train.optim import learning_rate, loss_scale
 from vlmdist.train.progress import Progress
 from vlmdist.train.signals import StopSignal
 from vlmdist.train.spikes import SpikeDetector
@@ -166,10 +166,11 @@ class _Loop:
                 on_device = micro_batch.to(t.world.device)
                 self._enter(Phase.FORWARD, keys=keys)
                 t.engine.set_gradient_accumulation_boundary(i == last)
-                micro_loss = token_loss_sum(t.engine, on_device)
+                factor = t.world.size / loss_tokens
+                micro_loss = token_loss_sum(t.engine, on_device, gradient_scale=factor * loss_scale(t.engine))
                 self._enter(Phase.BACKWARD, keys=keys)
                 # a loss that is not finite makes every gradient so, whatever the backward would have made of it
-                t.engine.backward(micro_loss * (t.world.size / loss_tokens + 0 * micro_loss.detach()))
+                t.engine.backward(micro_loss * (factor + 0 * micro_loss.detach()))
                 loss_sum += micro_loss.detach()
                 if i == last:
                     t.gradient_watch.check()

@@ -3,7 +3,8 @@ batch into ranks and micro-batches changes the gradient (see exactness in the RE
 
 Logits are never held for a whole micro-batch: at a vocabulary of 128k they would be most of a step's memory. The model
 runs without its head; the head and the cross entropy then follow for the tokens in the loss alone, some hundred at a
-time, each time recomputed in the backward pass.
+time. The gradient of such a chunk is made at once, while its logits are there, so that nothing is computed twice
+(the idea of Liger's kernel, https://arxiv.org/abs/2410.10989, section 3.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,45 +15,53 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from vlmdist.data.collate import NOT_IN_LOSS, MicroBatch
+from vlmdist.data.collate import MicroBatch
 from vlmdist.train.positions import with_own_positions
 
-LOGITS_AT_ONCE = 2**26
-"""Numbers in the logits of one chunk of tokens: 256 MB in fp32."""
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**26, 2**24
+"""Numbers in the logits of one chunk of tokens. 256 MB in fp32: by then a GPU's time is in the products, not in reading
+the head for each chunk. A CPU is as fast with a quarter of it, in a third of the memory (tests/benchmarks/loss.py)."""
 # a model that does more to its logits than its head does, does it where these of its configuration are set
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def token_loss_sum(model: Any, batch: MicroBatch, logits_at_once: int = LOGITS_AT_ONCE) -> torch.Tensor:
+def token_loss_sum(
+    model: Any, batch: MicroBatch, *, gradient_scale: float = 1.0, logits_at_once: int | None = None
+) -> torch.Tensor:
     """Sum of the cross entropies (nats) of the tokens in the loss; a scalar in fp32 with a gradient.
 
     A batch with no token in the loss gives a zero that still reaches every parameter: a rank without work takes part
     in the same collectives as the others.
+    gradient_scale: what the backward will multiply the loss with, as far as is known; of use in fp16 alone, where
+    gradients are too small without it. logits_at_once: numbers in the logits of one chunk; as fits the device.
     """
-    targets = batch.labels[:, 1:]  # [B, T-1]; the token after each position
-    in_loss = targets != NOT_IN_LOSS
+    positions, targets = batch.loss_tokens()  # [N], [N]
     head = _plain_head(model)
     inputs = with_own_positions(model, batch.inputs)
     with _passed_through(head):
-        found = model(**inputs, use_cache=False).logits[:, :-1]  # [B, T-1, width], or logits [B, T-1, V]
-    if not bool(in_loss.any()):
+        found = model(**inputs, use_cache=False).logits  # [B, T, width], or logits [B, T, V]
+    if len(positions) == 0:
         return (head(found[:1, :1]) if head is not None else found).float().sum() * 0.0
-    found, targets = found[in_loss], targets[in_loss]  # [N, ...], [N]
+    found = found.flatten(0, 1)[positions]  # [N, ...]
     if head is None:
         return _cross_entropy_sum(found, targets)
-    return _chunked_loss_sum(head, found, targets, logits_at_once)
+    return _chunked_loss_sum(head, found, targets, logits_at_once, gradient_scale)
 
 
 def _chunked_loss_sum(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, logits_at_once: int
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, logits_at_once: int | None, gradient_scale: float
 ) -> torch.Tensor:
     """hidden: [N, width], targets: [N]."""
     fused = _fused_loss(head, hidden)
     if fused is not None:
         return fused(hidden, targets)
+    if logits_at_once is None:
+        logits_at_once = _LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
     rows = max(1, logits_at_once // _vocabulary_size(head))
-    if len(hidden) <= rows:
-        return _cross_entropy_sum(head(hidden), targets)
+    if torch.is_grad_enabled() and not _is_sharded(head):
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss: torch.Tensor = _LossWithGradient.apply(head, targets, rows, gradient_scale, hidden, *trained)  # type: ignore[no-untyped-call]
+        return loss
 
     def of_chunk(chunk: torch.Tensor, its_targets: torch.Tensor) -> torch.Tensor:
         return _cross_entropy_sum(head(chunk), its_targets)
@@ -63,8 +72,50 @@ def _chunked_loss_sum(
     return total
 
 
+class _LossWithGradient(torch.autograd.Function):
+    """Sum of the cross entropies of the head's logits, with the gradients of the hidden states and of the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: torch.nn.Module,
+        targets: torch.Tensor,
+        rows: int,
+        scale: float,
+        hidden: torch.Tensor,
+        *trained: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        to_hidden = torch.empty_like(hidden)
+        to_trained: list[torch.Tensor] = []
+        for start in range(0, len(hidden), rows):
+            chunk = hidden[start : start + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(chunk.view_as(chunk))  # [rows, V]; no leaf: hooks as of torch's FLOP counter take none
+                loss = _cross_entropy_sum(logits, targets[start : start + rows])
+                scaled = loss * scale
+            del logits  # autograd has what it needs of them
+            to_chunk, *others = torch.autograd.grad(scaled, [chunk, *trained])
+            total += loss.detach()
+            to_hidden[start : start + rows] = to_chunk
+            to_trained = [a.add_(b) for a, b in zip(to_trained, others, strict=True)] if start else others
+        ctx.scale = scale
+        ctx.save_for_backward(to_hidden, *to_trained)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        times = upstream[0] / ctx.scale  # 1, but where the loss is not finite and all gradients must not be
+        return None, None, None, None, *(g * times.to(g.dtype) for g in ctx.saved_tensors)
+
+
 def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _is_sharded(head: torch.nn.Module) -> bool:
+    """By ZeRO-3: weights are there only while the head runs, and their gradients are wanted only in the backward."""
+    return any(hasattr(p, "ds_id") for p in head.parameters())
 
 
 def _fused_loss(
@@ -76,7 +127,7 @@ def _fused_loss(
     """
     if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return None
-    if type(head) is not torch.nn.Linear or hasattr(head.weight, "ds_id"):  # LoRA, 4 bit; ZeRO-3's shards
+    if type(head) is not torch.nn.Linear or _is_sharded(head):  # LoRA, 4 bit
         return None
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

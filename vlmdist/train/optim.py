@@ -37,6 +37,11 @@ def num_warmup_steps(total_steps: int, config: TrainConfig) -> int:
     return math.ceil(total_steps * config.warmup_ratio)
 
 
+def loss_scale(engine: Any) -> float:
+    """What DeepSpeed multiplies the loss of the next backward with: 1 but in fp16."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
 def make_optimizer(
     parameters: list[torch.nn.Parameter], config: TrainConfig, *, offload: bool, device: torch.device
 ) -> torch.optim.Optimizer:
@@ -52,7 +57,7 @@ def make_optimizer(
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, fused=True, **options)
     if device.type != "cuda":
         raise UserError(f"train.optim: {config.optim} is bitsandbytes' and needs a GPU; on CPU use adamw")
     if offload:
