@@ -5,6 +5,8 @@
 #
 # One srun after the other, each on the first nodes of the job, by `vlmdist bench RUN.yaml --json FILE`. Their files are
 # JOBNAME-JOBID-nodes-001.json and so on beside the log; after a requeue, those that are there are not measured again.
+# At the end they are put side by side: JOBNAME-JOBID-sweep.md, .json and .png. A run file with train.global_batch_size
+# shows strong scaling (the same batch on more nodes), one with train.gradient_accumulation_steps weak scaling.
 
 # name in squeue and of the log
 #SBATCH --job-name=vlmdist-bench

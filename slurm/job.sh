@@ -107,7 +107,16 @@ sweep_nodes() { # ARGUMENTS of vlmdist bench: on 1, 2, 4, ... and all nodes of t
         ((nodes < all)) || break
         nodes=$((2 * nodes < all ? 2 * nodes : all))
     done
-    end_job 0
+    format_sweep
+    end_job $?
+}
+
+format_sweep() { # prints the table of all its results, and writes it beside the log: Markdown, JSON, picture
+    local results="${log%.out}-nodes" sweep="${log%.out}-sweep"
+    echo "== side by side: $sweep.md, .json, .png"
+    "${SRUN[@]}" --nodes=1 --ntasks=1 "${VLMDIST_CONTAINER[@]}" "$PYTHON" -m vlmdist bench "$results"-*.json \
+        --json "$sweep.json" --png "$sweep.png" >"$sweep.md" || return
+    cat "$sweep.md"
 }
 
 run_here() { # ARGUMENTS of python, %a in them for the number of the array task: on this node, without ranks

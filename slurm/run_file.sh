@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by job.sh and submit.sh: what they need to know of a run file, without starting Python.
+# Sourced by job.sh, submit.sh and launch/bench.sh: what they need to know of a run file, without starting Python.
 
 places_of() { # RUN_FILE: prints VLMDIST_MODEL, VLMDIST_DATA and VLMDIST_OUT as section.field=value, one a line
     local split

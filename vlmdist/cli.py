@@ -11,13 +11,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlmdist import __version__
 from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
 from vlmdist.processes import kill_children
+
+if TYPE_CHECKING:
+    from vlmdist.train.signals import StopSignal
 
 _LATER = {
     "predict": "answer one text or image at the prompt",
@@ -145,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpu", metavar="NAME", help="v100-32gb, a100-40gb, h100, ..., cpu (default: this machine's)")
     sub.add_argument("--gpus", type=int, metavar="N", help="GPUs a node (default: the Slurm request's, else 1)")
     sub.add_argument("--nodes", type=int, metavar="N", help="machines (default: the Slurm request's, else 1)")
+    sub.add_argument(
+        "--on",
+        action="append",
+        default=[],
+        metavar="[NODESx]GPUSxGPU[/LINK][/NETWORK]",
+        help="estimate the time there too: 2xV100, 8xA100-40GB/nvlink, 4x8xA100/nvlink/8hdr; may be given again",
+    )
     sub.add_argument("--script", type=Path, metavar="JOB.sh", help="Slurm job script, whose #SBATCH lines are checked")
     for name in _SLURM_OPTIONS:
         sub.add_argument(f"--{name}", metavar=name.upper(), help="as for sbatch; the cluster is asked about it")
@@ -161,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--random-weights", action="store_true", help="the model from its configuration, none downloaded")
     sub.add_argument("--profile", action="store_true", help="a trace of the last steps by torch's profiler, each rank")
     sub.add_argument("--name", help="folder under bench/ (default: ranks-NNNN)")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result, or the table's rows, there too")
     sub.add_argument("--png", type=Path, metavar="FILE", help="of results side by side: a picture of their scaling")
 
     sub = command("evaluate", _evaluate, "generate answers and score them, on any number of ranks", overrides=True)
@@ -292,6 +303,7 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         gpu=arguments.gpu,
         gpus_per_node=arguments.gpus,
         num_nodes=arguments.nodes,
+        on=arguments.on,
         request=request,
     )
     print(json.dumps(report.as_json()) if arguments.json else format_report(report), flush=True)
@@ -302,89 +314,95 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
-    from vlmdist.distributed import adopt_slurm_environment
-    from vlmdist.train.signals import StoppedAtOnce, StopSignal
 
-    try:
-        with StopSignal() as stop:  # from the first moment: the imports alone take seconds
-            adopt_slurm_environment()
-            config = load_run(arguments.run_file, overrides)
-            _set_up_libraries()
-            from vlmdist.train.loop import train
+    with _stoppable("asked to stop before the first step: nothing to save; run again to begin") as stop:
+        config = load_run(arguments.run_file, overrides)
+        _set_up_libraries()
+        from vlmdist.train.loop import train
 
-            train(config, stop)
-    except StoppedAtOnce:
-        raise StopRequested("asked to stop before the first step: nothing to save; run again to begin") from None
+        train(config, stop)
 
 
-def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from vlmdist.run_folder import replace_file_text
+@contextmanager
+def _stoppable(said_at_once: str) -> "Iterator[StopSignal]":
+    """From its first moment a signal to stop is heard: the imports alone take seconds. The ranks are then joined.
 
-    if all(name.endswith(".json") for name in arguments.measured):
-        from vlmdist.bench.table import draw_scaling, format_scaling, read_results
-
-        results = read_results(arguments.measured)
-        print(format_scaling(results))
-        if arguments.png is not None:
-            draw_scaling(results, arguments.png)
-        return
-    if len(arguments.measured) > 1 or arguments.png is not None:
-        raise UserError(
-            "bench: give one run file to measure, or results (.json) to put side by side, with --png or not"
-        )
-    from vlmdist.config import load_run
+    said_at_once: where a stop comes before there is anything to save.
+    """
     from vlmdist.distributed import adopt_slurm_environment
     from vlmdist.train.signals import StoppedAtOnce, StopSignal
 
     try:
         with StopSignal() as stop:
             adopt_slurm_environment()
-            config = load_run(arguments.measured[0], overrides)
-            _set_up_libraries()
-            from vlmdist.bench.run import bench_run
-            from vlmdist.bench.table import format_result
-
-            result = bench_run(
-                config,
-                stop,
-                num_steps=arguments.steps,
-                num_warmup_steps=arguments.warmup,
-                synthetic=arguments.synthetic,
-                random_weights=arguments.random_weights,
-                profile=arguments.profile,
-                name=arguments.name,
-            )
+            yield stop
     except StoppedAtOnce:
-        raise StopRequested("asked to stop before the first step: nothing was measured") from None
+        raise StopRequested(said_at_once) from None
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    if all(name.endswith(".json") for name in arguments.measured):
+        _compare_benches(arguments)
+        return
+    if len(arguments.measured) > 1 or arguments.png is not None:
+        raise UserError(
+            "bench: give one run file to measure, or results (.json) to put side by side, with --png or not"
+        )
+    from vlmdist.config import load_run
+    from vlmdist.run_folder import replace_file_text
+
+    with _stoppable("asked to stop before the first step: nothing was measured") as stop:
+        config = load_run(arguments.measured[0], overrides)
+        _set_up_libraries()
+        from vlmdist.bench.run import bench_run
+        from vlmdist.bench.table import format_result
+
+        result = bench_run(
+            config,
+            stop,
+            num_steps=arguments.steps,
+            num_warmup_steps=arguments.warmup,
+            synthetic=arguments.synthetic,
+            random_weights=arguments.random_weights,
+            profile=arguments.profile,
+            name=arguments.name,
+        )
     if result is not None:
         print(format_result(result), f"\nin {result['folder']}", sep="\n")
         if arguments.json is not None:
             replace_file_text(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
+def _compare_benches(arguments: argparse.Namespace) -> None:
+    from vlmdist.bench.table import draw_scaling, format_scaling, read_results, scaling
+    from vlmdist.run_folder import replace_file_text
+
+    results = read_results(arguments.measured)
+    print(format_scaling(results))
+    if arguments.json is not None:
+        replace_file_text(arguments.json, json.dumps(scaling(results), indent=1) + "\n")
+    if arguments.png is not None:
+        draw_scaling(results, arguments.png)
+
+
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import load_run
-    from vlmdist.distributed import adopt_slurm_environment
-    from vlmdist.train.signals import StoppedAtOnce, StopSignal
 
-    try:
-        with StopSignal():  # batches are written whole, so a stop may come at any moment
-            adopt_slurm_environment()
-            config = load_run(arguments.run_file, overrides)
-            _set_up_libraries()
-            from vlmdist.evaluate.run import evaluate_run
-            from vlmdist.evaluate.scores import format_scores
+    # batches are written whole, so a stop may come at any moment
+    with _stoppable("asked to stop: the finished batches are kept; run again to go on"):
+        config = load_run(arguments.run_file, overrides)
+        _set_up_libraries()
+        from vlmdist.evaluate.run import evaluate_run
+        from vlmdist.evaluate.scores import format_scores
 
-            scores = evaluate_run(
-                config,
-                checkpoint=arguments.checkpoint,
-                base=arguments.base,
-                name=arguments.name,
-                few_shot=arguments.few_shot,
-                split=arguments.split,
-            )
-    except StoppedAtOnce:
-        raise StopRequested("asked to stop: the finished batches are kept; run again to go on") from None
+        scores = evaluate_run(
+            config,
+            checkpoint=arguments.checkpoint,
+            base=arguments.base,
+            name=arguments.name,
+            few_shot=arguments.few_shot,
+            split=arguments.split,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(scores) if arguments.json else format_scores(scores))
 

@@ -148,6 +148,9 @@ class TrainConfig(_Section):
     packing: bool = False
     """Put the samples of a micro-batch into one row without padding; none attends to another. For families where
     packed equals separate (README); per_device_train_batch_size is then the most samples in a row."""
+    cache_vision_features: bool = False
+    """Keep the features of a frozen vision tower in the run folder; from the second epoch on pictures are neither
+    decoded nor looked at again. ``vlmdist check`` says how much disk that takes. Not under ZeRO-3."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "moondream"] = "cosine"

@@ -8,6 +8,7 @@ steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` r
 bad_samples.jsonl     samples left out: shard, key, why
 tensorboard/
 checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
+vision_features/NAME/ of a corpus, for later epochs (train.cache_vision_features); may be removed between starts
 generated/step-000100.jsonl   answers to train.generate_samples after that step, as in predictions.jsonl; all are kept
 hangs/TIME/           stacks of every rank, where one was late
 eval/NAME/            predictions.jsonl, scores.json
@@ -95,6 +96,10 @@ class RunFolder:
     @property
     def eval_dir(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def vision_features_dir(self) -> Path:
+        return self.path / "vision_features"
 
     @property
     def hangs_dir(self) -> Path:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The loss over a vocabulary of 128,256: full logits, and chunks of them that are computed again in the backward pass.
+"""The loss over a vocabulary of 128,256: full logits, and chunks of them whose gradient is made at once.
 
     python tests/benchmarks/loss.py [--tokens 4096] [--rounds 3]
 
@@ -45,6 +45,7 @@ def main() -> None:
 
 
 def measure(side: str, tokens: int) -> dict[str, float]:
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the vlmdist command does, for both sides
     import torch
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM

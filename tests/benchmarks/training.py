@@ -19,7 +19,8 @@ stopped by SIGSTOP. So whatever else the machine does meets all of them, and a r
   order, for sides that do.
 - peak MB: largest resident memory of a rank in the windows; in brackets what of it came on top after the training
   loop began.
-- start: seconds from the command to the first step; a table of its own has the median of --starts, by turns.
+- start: seconds from the command to the first step; a table of its own has the median of --starts, by turns, and the
+  CPU seconds of all processes until the training loop begins, which other work on the machine changes less.
 """
 
 import argparse
@@ -275,6 +276,11 @@ class Running:
         rows = self.rows()
         return rows[0]["time"] - rows[0]["step_seconds"] if rows else None
 
+    def cpu_seconds(self) -> float:
+        """Of the launcher, the ranks and their workers so far."""
+        launcher = psutil.Process(self.process.pid)
+        return sum(sum(p.cpu_times()[:4]) for p in (launcher, *launcher.children(recursive=True)))
+
     # -- memory of the ranks
 
     def note_base(self) -> None:
@@ -328,11 +334,16 @@ class alive:  # noqa: N801 - reads as a with statement does
             side.kill()
 
 
-def warm_up(side: Running) -> None:
+def wait_for_loop(side: Running) -> None:
+    """Until its training loop begins."""
     loop_began = side.out / ("train.log" if side.side.trainer == "vlmdist" else "begin.jsonl")
     sign = "steps of" if side.side.trainer == "vlmdist" else "time"
     while side.is_alive() and not (loop_began.exists() and sign in loop_began.read_text(encoding="utf-8")):
         time.sleep(POLL_S)
+
+
+def warm_up(side: Running) -> None:
+    wait_for_loop(side)
     side.note_base()
     side.run_to(1)
     if side.is_alive():
@@ -426,19 +437,23 @@ def print_starts(world: Path, setting: Setting, sides: dict[str, Side], options:
     """One side of each kind, by turns, one step."""
     chosen = {side.trainer: name for name, side in reversed(sides.items())}
     seconds: dict[str, list[float]] = {name: [] for name in chosen.values()}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in chosen.values()}
     for number in range(options.starts):
         tell(f"start {number + 1} of {options.starts}")
         for name in seconds:
             side = Running(name, sides[name], setting, world, options.peers_python, max_steps=1)
             try:
+                wait_for_loop(side)
+                cpu_seconds[name].append(side.cpu_seconds())
                 while side.is_alive() and side.began() is None:
                     time.sleep(POLL_S)
                 seconds[name].append((side.began() or math.nan) - side.launched_at)
             finally:
                 side.kill()
-    print("\n| from the command to the first step | s | fastest, slowest |\n|---|---|---|")
-    for name, found in seconds.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f}, {max(found):.2f} |")
+    print("\n| from the command to the first step | s | fastest, slowest | CPU s | from, to |\n|---|---|---|---|---|")
+    for name in seconds:
+        both = (seconds[name], cpu_seconds[name])
+        print(f"| {name} | {' | '.join(f'{statistics.median(x):.2f} | {min(x):.2f}, {max(x):.2f}' for x in both)} |")
 
 
 def save_and_compare(running: Sequence[Running], world: Path, setting: Setting) -> dict[str, float]:

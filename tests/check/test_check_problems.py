@@ -276,7 +276,7 @@ def test_a_model_too_big_names_what_would_fit(text_world: World, tmp_path: Path)
 
 
 def test_a_model_too_big_for_anything(text_world: World, tmp_path: Path) -> None:
-    big = big_model(text_world, tmp_path, num_hidden_layers=200, hidden_size=8192, intermediate_size=28672)
+    big = big_model(text_world, tmp_path, num_hidden_layers=24, hidden_size=32768, intermediate_size=131072)
     report = check(text_world, f"model.name_or_path={big}", gpu="t4")
     assert any("no setting makes it fit" in p for p in report.problems)
 

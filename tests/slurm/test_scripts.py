@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from jobs import ENVIRONMENT, REPOSITORY, SCRIPTS, SETTINGS, assert_audit_is_clean, places, stand_in
 from testbed import SlurmTestbed
+from tiny_run import tiny_run, write_run
 
 pytestmark = pytest.mark.slurm
 JOB_SCRIPTS = sorted(f.name for f in SCRIPTS.glob("*.sh") if "#SBATCH" in f.read_text())
@@ -133,25 +134,33 @@ def test_ranks_run_in_a_container_where_the_cluster_s_facts_say_so(
 
 # --- bench ------------------------------------------------------------------------------------------------------------
 
-# A stand-in: the command itself is not there yet.
-BENCH = """
-for ((i = 1; i <= $#; i++)); do [[ ${!i} != --json ]] || { j=$((i + 1)); file="${!j}"; }; done
-echo "measured on $SLURM_STEP_NUM_TASKS ranks: $4"
-((SLURM_PROCID > 0)) || echo "{\\"ranks\\": $SLURM_STEP_NUM_TASKS, \\"nodes\\": \\"$SLURM_STEP_NODELIST\\"}" >"$file"
-"""
 
-
-def test_bench_sweeps_over_the_nodes_of_its_job(slurm: SlurmTestbed, tmp_path: Path) -> None:
-    env = {**ENVIRONMENT, **stand_in(tmp_path / "venv", "bench", BENCH)}
-    options = ("--nodes=3", "--ntasks-per-node=2", "--cpus-per-task=1")
-    job = slurm.sbatch(*options, SCRIPTS / "bench.sh", "run.yaml", "--steps", "5", cwd=tmp_path, env=env)
-    assert slurm.wait(job, 60) == "COMPLETED", slurm.log(job)
-    found = {f.name: json.loads(f.read_text()) for f in tmp_path.glob("*.json")}
-    assert found == {
-        f"vlmdist-bench-{job}-nodes-001.json": {"ranks": 2, "nodes": "gpu01"},
-        f"vlmdist-bench-{job}-nodes-002.json": {"ranks": 4, "nodes": "gpu[01-02]"},
-        f"vlmdist-bench-{job}-nodes-003.json": {"ranks": 6, "nodes": "gpu[01-03]"},
+@pytest.mark.timeout(600)
+def test_bench_sweeps_over_the_nodes_of_its_job(slurm: SlurmTestbed, receipts: Path, tmp_path: Path) -> None:
+    """The batch grows with the ranks, so that it is weak scaling."""
+    batch = {"global_batch_size": None, "gradient_accumulation_steps": 2}
+    tree = tiny_run(receipts, tmp_path / "run", train={**batch, "num_train_epochs": 3})
+    run_file = write_run(tree, tmp_path / "run.yaml")
+    options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+    words = (run_file, "--steps", "3", "--warmup", "1")
+    job = slurm.sbatch(*options, SCRIPTS / "bench.sh", *words, cwd=tmp_path, env=ENVIRONMENT)
+    assert slurm.wait(job, 400) == "COMPLETED", slurm.log(job)
+    name = f"vlmdist-bench-{job}"
+    facts = ("num_ranks", "num_nodes", "samples_per_step")
+    found = {f.name: json.loads(f.read_text()) for f in tmp_path.glob(f"{name}-nodes-*.json")}
+    assert {file: tuple(result[fact] for fact in facts) for file, result in found.items()} == {
+        f"{name}-nodes-001.json": (1, 1, 4),
+        f"{name}-nodes-002.json": (2, 2, 8),
     }
+    rows = json.loads((tmp_path / f"{name}-sweep.json").read_text())
+    assert [row["num_ranks"] for row in rows] == [1, 2]
+    assert rows[0]["weak_efficiency"] == 1.0
+    assert rows[1]["weak_efficiency"] == pytest.approx(rows[1]["speed_up"] / 2, abs=1e-3)
+    assert rows[1]["strong_efficiency"] is None
+    table = (tmp_path / f"{name}-sweep.md").read_text()
+    assert len(table.splitlines()) == 4
+    assert table in slurm.log(job)
+    assert (tmp_path / f"{name}-sweep.png").stat().st_size > 0
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

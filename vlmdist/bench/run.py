@@ -18,7 +18,10 @@ from typing import Any
 from vlmdist.bench.table import FORMAT, format_result
 from vlmdist.config import RunConfig
 from vlmdist.errors import RunFailed, UserError
+from vlmdist.evaluate.identity import refuse_other_than_a_name
 from vlmdist.run_folder import RunFolder, read_jsonl, replace_file_text
+from vlmdist.train.clock import median_and_p95
+from vlmdist.train.parts import STEP_PARTS
 from vlmdist.train.signals import StopSignal
 
 RATES = (
@@ -27,14 +30,6 @@ RATES = (
     "loss_tokens_per_second",
     "samples_per_second",
     "images_per_second",
-)
-SPLIT = (
-    "data_wait_seconds",
-    "host_to_device_seconds",
-    "forward_seconds",
-    "backward_seconds",
-    "communication_seconds",
-    "optimizer_seconds",
 )
 _PACKAGES = ("vlmdist", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 _FAR = 10**9
@@ -60,8 +55,8 @@ def bench_run(
     """
     if num_steps < 1 or num_warmup_steps < 0:
         raise UserError(f"--steps {num_steps}, --warmup {num_warmup_steps}: at least 1 step, and no negative warm-up")
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
-        raise UserError(f"--name: {name!r} must be the name of one folder, without slashes")
+    if name is not None:
+        refuse_other_than_a_name(name)
     from vlmdist.train.loop import train
     from vlmdist.train.measure import Measurement
 
@@ -111,15 +106,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seconds = [row["step_seconds"] for row in rows]
     whole_s = sum(seconds)
     rates = {name: _over_time(rows, name, 2) for name in RATES}
-    split = {name: round(statistics.fmean(row[name] for row in rows), 6) for name in SPLIT}
+    split = {name: round(statistics.fmean(row[name] for row in rows), 6) for name in STEP_PARTS}
     split["other_seconds"] = round(max(0.0, whole_s / len(rows) - sum(split.values())), 6)
-    ordered = sorted(seconds)
+    median, p95 = median_and_p95(seconds)
     slow = [row["slowest_rank_percent"] for row in rows if row.get("slowest_rank_percent") is not None]
     slowest = [row["slowest_rank"] for row in rows if row.get("slowest_rank") is not None]
     figures: dict[str, Any] = {
         **rates,
-        "step_seconds_median": round(statistics.median(seconds), 6),
-        "step_seconds_p95": round(ordered[min(len(ordered) - 1, -(-95 * len(ordered) // 100) - 1)], 6),
+        "step_seconds_median": round(median, 6),
+        "step_seconds_p95": round(p95, 6),
         "split": split,
         "data_wait_percent": round(100 * split["data_wait_seconds"] * len(rows) / whole_s, 2),
         "peak_memory_gb": max(row["peak_memory_gb"] for row in rows),

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmdist.check.disk import checkpoint_bytes, folder_problems, most_checkpoints, space_problems
+from vlmdist.check.estimate import Estimate, estimate
+from vlmdist.check.estimate_machines import Nodes, machines, named
+from vlmdist.check.estimate_work import RunWork
+from vlmdist.check.features import feature_facts
 from vlmdist.check.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_this_machine
 from vlmdist.check.kernels import Installed, attention_kernel, cpu_problems, gpu_problems, kernel_notes, step_dtype
 from vlmdist.check.memory import Change, Estimator, Settings, Table, changes_that_fit
@@ -75,16 +79,20 @@ def check_run(
     gpu: str | None = None,
     gpus_per_node: int | None = None,
     num_nodes: int | None = None,
+    on: Sequence[str] = (),
     request: Request | None = None,
     installed: Installed | None = None,
 ) -> Report:
     """Check a run file against data, model, machines and cluster. Nothing is written, no weights are loaded.
 
-    gpus_per_node, num_nodes: by default the request's, else 1. request: a Slurm job to compare with the cluster.
+    gpus_per_node, num_nodes: by default the request's, else 1. on: other machines to estimate the time for, as
+    ``vlmdist.check.estimate_machines.parse_nodes`` reads them. request: a Slurm job to compare with the cluster.
     installed: packages of the environment that will train; by default this one's.
     """
     report = Report()
     target = _target(gpu, gpus_per_node, num_nodes, request, report)
+    others, problems = named(on)
+    report.problems += problems
     if request is not None:
         _check_slurm(request, target, report)
     try:
@@ -102,7 +110,7 @@ def check_run(
     _check_steps(config, target, opened, report)
     _check_folder(config, opened, report)
     report.problems += [] if request is None else _time_problems(config, request)
-    _check_model(config, target, opened, dtype, installed, request, report)
+    _check_model(config, target, opened, dtype, others, request, report)
     return report
 
 
@@ -226,9 +234,7 @@ def _check_steps(config: RunConfig, target: Target, opened: OpenedInputs, report
         )
     if len(opened.corpora) != len(config.data.train) or not all(len(c) for c in opened.corpora):
         return
-    mixture = Mixture(
-        opened.corpora, [c.weight for c in config.data.train], config.seed, config.data.shuffle_block_size
-    )
+    mixture = _mixture(config, opened)
     left = mixture.steps_left(Cursor(), samples, t.num_train_epochs)
     total = t.max_steps or left
     if num_warmup_steps(total, t) >= total:
@@ -243,6 +249,11 @@ def _check_steps(config: RunConfig, target: Target, opened: OpenedInputs, report
         "warmup_steps": num_warmup_steps(total, t),
         "checkpoints": math.ceil(total / t.save_steps),
     }
+
+
+def _mixture(config: RunConfig, opened: OpenedInputs) -> Mixture:
+    weights = [c.weight for c in config.data.train]
+    return Mixture(opened.corpora, weights, config.seed, config.data.shuffle_block_size)
 
 
 def _check_folder(config: RunConfig, opened: OpenedInputs, report: Report) -> None:
@@ -273,7 +284,7 @@ def _check_model(
     target: Target,
     opened: OpenedInputs,
     dtype: torch.dtype,
-    installed: Installed,
+    others: Sequence[Nodes],
     request: Request | None,
     report: Report,
 ) -> None:
@@ -299,6 +310,12 @@ def _check_model(
     report.problems += seen.problems
     report.warnings += seen.warnings
     _tell_samples(prompter, seen, report)
+    if config.train.cache_vision_features:
+        corpora = [c for c in opened.corpora if len(c)]
+        facts, problems, warnings = feature_facts(config, transformers_config, corpora, seen.even, dtype)
+        report.facts["vision_features"] = facts
+        report.problems += problems
+        report.warnings += warnings
     most = getattr(transformers_config.get_text_config(), "max_position_embeddings", None)
     if most is not None and config.data.max_length > most:
         report.warnings.append(f"data.max_length: {config.data.max_length} tokens, the model was made for {most}")
@@ -330,6 +347,12 @@ def _check_model(
         "checkpoint_bytes": checkpoint_bytes(estimator.num_trained, config, dtype.itemsize),
         "checkpoints_side_by_side": most_checkpoints(config),
     }
+    own = [Nodes(target.gpu, target.gpus_per_node, target.num_nodes)] if target.gpu else []
+    if seen.even and "run" in report.facts and (own or others):
+        sizes = [len(c) * place.weight for c, place in zip(opened.corpora, config.data.train, strict=True)]
+        family = family_of(transformers_config)
+        work = RunWork(config, transformers_config, family, dtype, opened.ds_config, seen.even, sizes)
+        _tell_time(config, [*own, *others], opened, work, estimator, settings, report)
 
 
 def _rows(config: RunConfig, world_size: int, longest: int) -> int:
@@ -395,6 +418,59 @@ def _tell_memory(
             f"Slurm: --mem: {gibibytes(memory)} a node, what is offloaded alone takes {gibibytes(needed)} there; ask "
             "for more, or use train.deepspeed=zero2"
         )
+
+
+def _tell_time(
+    config: RunConfig,
+    wanted: Sequence[Nodes],
+    opened: OpenedInputs,
+    work: RunWork,
+    estimator: Estimator,
+    settings: Settings,
+    report: Report,
+) -> None:
+    """How long the whole run would take on each of the machines."""
+    if work.dtype == torch.float32:
+        report.warnings.append("time: not estimated in fp32, for which no rates of GPUs are known here")
+        return
+    found = []
+    for nodes in wanted:
+        rates = machines(nodes, offloads=settings.offloads)
+        if rates is None:
+            report.warnings.append(f"time: not estimated for a {nodes.gpu.text}, whose rates are not known here")
+            continue
+        samples = global_batch_size(config, nodes.world_size, TrainState())
+        left = _mixture(config, opened).steps_left(Cursor(), samples, config.train.num_train_epochs)
+        num_steps = config.train.max_steps or left
+        run = estimate(work.on(nodes.world_size, samples), *rates, nodes.world_size, num_steps)
+        there = replace(settings, world_size=nodes.world_size)
+        found.append(
+            {
+                **_time_facts(nodes, run),
+                "gpu_bytes_needed": estimator.table(there).total,
+                "gpu_bytes": nodes.gpu.memory_bytes,
+            }
+        )
+    report.facts["estimates"] = found
+
+
+def _time_facts(nodes: Nodes, run: Estimate) -> dict[str, Any]:
+    low, high = run.step_s
+    ends = {"low": low, "middle": run.middle_step_s, "high": high}
+    hours = {name: run.hours(step_s) for name, step_s in ends.items()}
+    rates = {"low": high, "middle": run.middle_step_s, "high": low}
+    return {
+        "machines": nodes.text,
+        "world_size": nodes.world_size,
+        "steps": run.num_steps,
+        "step_seconds": {name: round(step_s, 4) for name, step_s in ends.items()},
+        "samples_per_second": {name: round(run.samples_per_step / step_s, 3) for name, step_s in rates.items()},
+        "hours": {name: round(h, 4) for name, h in hours.items()},
+        "gpu_hours": {name: round(h * nodes.world_size, 4) for name, h in hours.items()},
+        "factor": round(run.factor, 2),
+        "bound_by": run.bound_by,
+        "parts_seconds": {part: round(seconds, 4) for part, seconds in run.parts_s.items()},
+    }
 
 
 def _does_not_fit(table: Table, gpu: Gpu, changes: Sequence[Change]) -> str:

@@ -1,6 +1,7 @@
 """Real samples through the real processor: is the mask proven, do they fit, how long are the longest?"""
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,17 @@ _ANY_LENGTH = 1 << 30
 _NAMED = 3
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A sample as training would take it."""
+
+    corpus: int
+    """Its number among those looked at."""
+    encoded: Encoded
+    cpu_s: float
+    """CPU time to read, decode and tokenize it here, of all threads."""
+
+
 @dataclass
 class Seen:
     """What was found in the training corpora."""
@@ -28,6 +40,8 @@ class Seen:
     num_seen: int = 0
     lengths: list[int] = field(default_factory=list)
     """Tokens of the samples spread evenly, too long ones included."""
+    even: list[Taken] = field(default_factory=list)
+    """Of those, the ones that fit, in the order in which they were read."""
     num_loss_tokens: int = 0
     num_tokens: int = 0
     longest: list[Encoded] = field(default_factory=list)
@@ -43,8 +57,8 @@ def look_at_samples(config: RunConfig, corpora: Sequence[Corpus], prompter: Prom
     unlimited = copy.copy(prompter)
     unlimited.max_length = _ANY_LENGTH
     found: list[tuple[Encoded, str]] = []
-    for corpus in corpora:
-        found += _look(config, corpus, unlimited, seen)
+    for number, corpus in enumerate(corpora):
+        found += _look(config, number, corpus, unlimited, seen)
     fitting = [(e, key) for e, key in found if len(e.input_ids) <= config.data.max_length]
     fitting.sort(key=lambda pair: -len(pair[0].input_ids))
     seen.longest = [e for e, _ in fitting]
@@ -54,7 +68,9 @@ def look_at_samples(config: RunConfig, corpora: Sequence[Corpus], prompter: Prom
     return seen
 
 
-def _look(config: RunConfig, corpus: Corpus, prompter: Prompter, seen: Seen) -> list[tuple[Encoded, str]]:
+def _look(
+    config: RunConfig, corpus_number: int, corpus: Corpus, prompter: Prompter, seen: Seen
+) -> list[tuple[Encoded, str]]:
     """The samples of one corpus that can be used, and their keys."""
     quarantined = np.flatnonzero(corpus.quarantined)
     good = np.flatnonzero(~corpus.quarantined)
@@ -70,6 +86,7 @@ def _look(config: RunConfig, corpus: Corpus, prompter: Prompter, seen: Seen) -> 
     usable: list[tuple[Encoded, str]] = []
     for number in [*chosen, *_longest(corpus, prompter, set(chosen))]:
         is_even = number in chosen
+        begun_s = time.process_time()
         try:
             encoded = prompter.encode_training(corpus.read(number))
         except BadSample as e:
@@ -83,6 +100,8 @@ def _look(config: RunConfig, corpus: Corpus, prompter: Prompter, seen: Seen) -> 
             long.append((corpus.key(number), len(encoded.input_ids)))
         if is_even:
             seen.lengths.append(len(encoded.input_ids))
+            if len(encoded.input_ids) <= config.data.max_length:
+                seen.even.append(Taken(corpus_number, encoded, time.process_time() - begun_s))
             seen.num_tokens += len(encoded.input_ids)
             seen.num_loss_tokens += encoded.num_loss_tokens
     num_looked = len(usable) + len(bad)

@@ -11,3 +11,12 @@ def gibibytes(num_bytes: float) -> str:
 def gigabytes(num_bytes: float) -> str:
     """Files, as disks are sold."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def duration(hours: float) -> str:
+    """Of a run."""
+    if hours >= 72:
+        return f"{hours / 24:.1f} days"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.2g} s"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vlmdist.check.run import Report
-from vlmdist.check.shown import gibibytes, gigabytes
+from vlmdist.check.shown import duration, gibibytes, gigabytes
 
 
 def format_report(report: Report) -> str:
@@ -37,8 +37,13 @@ def format_report(report: Report) -> str:
             f"disk        {d['checkpoints_side_by_side']} checkpoints of {gigabytes(d['checkpoint_bytes'])} "
             "side by side"
         )
+    if f.get("vision_features"):
+        v = f["vision_features"]
+        lines.append(f"            vision features of {v['samples']:,} samples: about {gigabytes(v['bytes'])}")
     if "memory" in f:
         lines += _memory_lines(f["memory"])
+    if f.get("estimates"):
+        lines += _time_lines(f["estimates"])
     if "slurm" in f:
         lines.append("slurm       " + " ".join(f"{name}={value}" for name, value in f["slurm"].items()))
     lines += [f"warning: {w}" for w in report.warnings]
@@ -59,3 +64,30 @@ def _memory_lines(m: dict[str, Any]) -> list[str]:
     if m.get("fits"):
         lines.append(f"              fits on {', '.join(m['fits'])}")
     return lines
+
+
+def _time_lines(estimates: list[dict[str, Any]]) -> list[str]:
+    lines = [f"time        {_time_line(estimates[0])}"]
+    lines += [f"            {_time_line(e)}" for e in estimates[1:]]
+    factor = max(e["factor"] for e in estimates)
+    lines += [
+        f"            estimated from FLOPs, bytes and published rates; up to {factor:.1f} times off (brackets);",
+        "            the training steps alone, without start, validation and saving; vlmdist bench measures them",
+    ]
+    return lines
+
+
+def _time_line(e: dict[str, Any]) -> str:
+    hours, gpu_hours = e["hours"], e["gpu_hours"]
+    text = (
+        f"{e['machines']}: about {duration(hours['middle'])} ({duration(hours['low'])} to {duration(hours['high'])}), "
+        f"{_number(gpu_hours['middle'])} GPU hours; {_number(e['samples_per_second']['middle'])} samples/s, bound by "
+        f"{e['bound_by']}"
+    )
+    if e["gpu_bytes_needed"] > e["gpu_bytes"]:
+        text += f"; does not fit: {gibibytes(e['gpu_bytes_needed'])} of {gibibytes(e['gpu_bytes'])}"
+    return text
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

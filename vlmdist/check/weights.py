@@ -12,6 +12,8 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 def weight_problems(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Problems and warnings, a sentence each."""
+    if config.random_weights:
+        return [], []
     folder = Path(config.name_or_path)
     if folder.is_dir():
         return _of_folder(folder), []

@@ -6,6 +6,7 @@
 4. Loader workers read, decode, tokenize and collate this rank's micro-batches ahead of the step, in order; each asks
    the disk (or the remote store) for the bytes of a later micro-batch before it works on its own.
 5. A sample that can't be used leaves its slot empty and is named; a rank without work gets a placeholder.
+6. Where vision features are kept, a sample whose features are there comes with them, and its picture is not read.
 """
 
 import math
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmdist.data.collate import MicroBatch, pack, pad_right
 from vlmdist.data.costs import SampleCosts
+from vlmdist.data.features import FEATURES, VISION_ROWS, KeptSamples, vision_rows
 from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, step_slice, steps_left
 from vlmdist.data.plan import StepPlan, plan_step
 from vlmdist.data.prompt import Encoded, Prompter
@@ -101,6 +103,7 @@ class TrainStream:
 
     costs: of the samples of each corpus. micro_batch_size: most samples in a micro-batch; max_tokens_per_micro_batch:
     most tokens in one, padding included (None: no such limit). packing: the samples of a micro-batch share one row.
+    kept: vision features of each corpus; None: none are kept.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class TrainStream:
         num_workers: int,
         needs_image: bool,
         packing: bool = False,
+        kept: Sequence[KeptSamples] | None = None,
     ):
         self.mixture = mixture
         self.costs = costs
@@ -129,7 +133,7 @@ class TrainStream:
         self.num_workers = num_workers
         self.total_steps = total_steps
         self.packing = packing
-        self._dataset = _MicroBatches(mixture.corpora, prompter, needs_image, packing)
+        self._dataset = _MicroBatches(mixture.corpora, prompter, needs_image, packing, kept)
 
     def steps(self, cursor: Cursor, steps_done: int) -> Iterator[Step]:
         """The steps from ``cursor`` on, after ``steps_done`` finished ones, to the end of the run."""
@@ -212,8 +216,16 @@ class _Tasks(torch.utils.data.Sampler[_Task]):
 class _MicroBatches(Dataset[MicroBatch]):
     """Makes one micro-batch from its sample numbers; runs inside the loader workers."""
 
-    def __init__(self, corpora: Sequence[Corpus], prompter: Prompter, needs_image: bool, packing: bool = False):
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        prompter: Prompter,
+        needs_image: bool,
+        packing: bool = False,
+        kept: Sequence[KeptSamples] | None = None,
+    ):
         self.packing = packing
+        self.kept = kept
         self.corpora = corpora
         self.prompter = prompter
         self.needs_image = needs_image
@@ -226,7 +238,7 @@ class _MicroBatches(Dataset[MicroBatch]):
         rows, numbers, bad, failure = [], [], [], None
         for corpus, sample in task.rows:
             try:
-                rows.append(self.prompter.encode_training(self.corpora[corpus].read(sample)))
+                rows.append(self._kept(corpus, sample) or self._read(corpus, sample))
                 numbers.append((corpus, sample))
             except BadSample as e:
                 bad.append(describe_bad(self.corpora, corpus, sample, e))
@@ -237,16 +249,30 @@ class _MicroBatches(Dataset[MicroBatch]):
             rows.append(self.image_placeholder)
         elif not rows:
             rows.append(self.text_placeholder)
-        if self.packing:
-            return MicroBatch(*pack(rows), numbers, bad, failure, tuple(len(r.input_ids) for r in rows))
-        return MicroBatch(*pad_right(rows, self.prompter.pad_token_id), numbers, bad, failure)
+        inputs, labels = pack(rows) if self.packing else pad_right(rows, self.prompter.pad_token_id)
+        if self.kept is not None:
+            owners = [(self.kept[corpus].folder, sample) for corpus, sample in numbers]
+            of_images = vision_rows(rows, owners, inputs.pop(FEATURES, None))
+            inputs |= {} if of_images is None else {VISION_ROWS: of_images}
+        lengths = tuple(len(r.input_ids) for r in rows) if self.packing else ()
+        return MicroBatch(inputs, labels, numbers, bad, failure, lengths)
 
     def __len__(self) -> int:
         return sum(len(c) for c in self.corpora)
 
+    def _read(self, corpus: int, sample: int) -> Encoded:
+        return self.prompter.encode_training(self.corpora[corpus].read(sample))
+
+    def _kept(self, corpus: int, sample: int) -> Encoded | None:
+        if self.kept is None or not self.corpora[corpus].num_images[sample]:
+            return None
+        return self.kept[corpus].read(sample)
+
     def _will_need(self, rows: Rows) -> None:
         for number, corpus in enumerate(self.corpora):
             samples = [s for c, s in rows if c == number]
+            if self.kept is not None:
+                samples = self.kept[number].will_need(samples)
             if samples:
                 corpus.will_need(samples)
 
@@ -260,15 +286,19 @@ def validation_batches(
     batch_size: int,
     max_samples: int | None,
     num_workers: int,
+    kept: KeptSamples | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of fixed batches over the first ``max_samples`` of a corpus, similar lengths together."""
+    """This rank's share of fixed batches over the first ``max_samples`` of a corpus, similar lengths together.
+
+    kept: vision features of the corpus; None: none are kept.
+    """
     chosen = np.arange(len(corpus))[:max_samples]
     by_length = chosen[np.argsort(corpus.text_bytes[chosen], kind="stable")]
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     batches += [by_length[:0]] * (-len(batches) % world_size)  # under ZeRO-3 a forward is a collective: equally many
     rows = [tuple((0, int(s)) for s in batch) for batch in batches[rank::world_size]]
     tasks = [_Task(mine, ahead) for mine, ahead in zip(rows, [*rows[1:], ()], strict=True)] if rows else []
-    dataset = _MicroBatches([corpus], prompter, needs_image=False)
+    dataset = _MicroBatches([corpus], prompter, needs_image=False, kept=None if kept is None else [kept])
     yield from DataLoader(
         dataset,
         batch_size=None,

@@ -26,11 +26,16 @@ def choose_corpus(config: RunConfig, split: str) -> str:
 def choose_name(asked: str | None, subject: Subject, split: str, few_shot: int) -> str:
     """Name of the folder under eval/: the subject's, with the number of worked examples and a split that isn't test."""
     if asked is not None:
-        if asked in (".", "..") or not asked or "/" in asked or "\\" in asked or "\0" in asked:
-            raise UserError(f"name: {asked!r} must be the name of one folder, without slashes")
+        refuse_other_than_a_name(asked)
         return asked
     name = subject.name + (f"-{few_shot}shot" if few_shot else "")
     return name if split == "test" else f"{name}-{split}"
+
+
+def refuse_other_than_a_name(name: str) -> None:
+    """UserError where it would lead to another folder than one in the folder it is asked for."""
+    if name in (".", "..") or not name or "/" in name or "\\" in name or "\0" in name:
+        raise UserError(f"name: {name!r} must be the name of one folder, without slashes")
 
 
 def identity_of(

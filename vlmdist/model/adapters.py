@@ -14,6 +14,7 @@ from torch import nn
 
 from vlmdist.config import AdaptConfig
 from vlmdist.errors import UserError
+from vlmdist.model.compile_later import compiled_when_called
 from vlmdist.model.families import PARTS, Family
 from vlmdist.run_folder import ADAPTER_WEIGHTS
 
@@ -34,7 +35,8 @@ def adapt(model: nn.Module, config: AdaptConfig, family: Family) -> nn.Module:
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
     if lora_layers:
-        from peft import LoraConfig, get_peft_model
+        with compiled_when_called():
+            from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(
             model,  # type: ignore[arg-type]
@@ -121,7 +123,8 @@ def load_trainable(model: nn.Module, file: Path) -> None:
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with the adapter of a folder that peft reads; UserError where it doesn't fit the model."""
-    from peft import PeftModel
+    with compiled_when_called():
+        from peft import PeftModel
 
     stored = {plain_name(name) for name in stored_weights(folder / ADAPTER_WEIGHTS)}
     try:

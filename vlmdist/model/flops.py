@@ -23,7 +23,7 @@ own, the projector's share is an estimate.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import nn
 
 from vlmdist.model.adapters import PEFT_PREFIX
 from vlmdist.model.families import PARTS, Family
+from vlmdist.model.vision_features import VISION_ROWS
 
 _VISION = ("vision_tower", "projector")
 _CLASS_TOKENS = ("class_embedding", "cls_token")
@@ -74,6 +75,8 @@ class ImageRows:
     """Of query and key, where a position sees all of its tile or frame."""
     window_pairs: int = 0
     """Where it sees its window alone (Qwen2.5-VL)."""
+    kept_patches: int = 0
+    """Those whose features are kept: for the projector alone."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ class StepFlops:
     """FLOPs of an adapted model per row and per pair: made once, evaluated for every micro-batch, on the host alone."""
 
     per_row: dict[str, Flops] = field(default_factory=lambda: defaultdict(Flops))
-    """By the kind of row: token, loss_token, patch, position."""
+    """By the kind of row: token, loss_token, patch, position, projected (patches, kept ones too)."""
     text_per_pair: dict[int | None, float] = field(default_factory=lambda: defaultdict(float))
     """By the window of the layers, in keys; None for those that see everything."""
     vision_per_pair: float = 0.0
@@ -94,6 +97,8 @@ class StepFlops:
     """Patches along the side of what Qwen-VL merges into one token."""
     window_size: int = 1
     """Merged patches along the side of a window."""
+    patch_width: int = 1
+    """Numbers of a patch that leave the tower."""
 
     @classmethod
     def of(cls, model: Any, family: Family) -> "StepFlops":
@@ -120,6 +125,7 @@ class StepFlops:
             "loss_token": num_loss_tokens,
             "patch": images.patches,
             "position": images.positions,
+            "projected": images.patches + images.kept_patches,
         }
         of_attention = Flops(
             text=sum(
@@ -131,7 +137,13 @@ class StepFlops:
         return sum((flops * num_rows[kind] for kind, flops in self.per_row.items()), of_attention)
 
     def image_rows(self, inputs: Mapping[str, Any]) -> ImageRows:
-        """From the shape of ``pixel_values``, tiles [..., C, H, W] or patches [P, D], and from ``image_grid_thw``."""
+        """From the shape of ``pixel_values``, tiles [..., C, H, W] or patches [P, D], and from ``image_grid_thw``;
+        and from the kept features among VISION_ROWS."""
+        rows = inputs.get(VISION_ROWS)
+        kept = 0 if rows is None or rows.kept is None else rows.kept.numel() // self.patch_width
+        return replace(self._rows_of_pixels(inputs), kept_patches=kept)
+
+    def _rows_of_pixels(self, inputs: Mapping[str, Any]) -> ImageRows:
         pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
         if pixels is None:
             return ImageRows()
@@ -354,6 +366,7 @@ def _of_images(layers: Sequence[_Layer], config: Any) -> StepFlops:
         class_tokens=sum(hasattr(module, name) for module in of_tower for name in _CLASS_TOKENS),
         merge_size=merge_size,
         window_size=config.vision_config.window_size // merge_size // height if has_windows else 1,
+        patch_width=patches.out_channels * len(_feature_layers(config)),
     )
 
 
@@ -377,7 +390,7 @@ def _rows(first: _Layer, features_per_patch: float | None) -> tuple[str, float]:
     if first.part == "vision_tower":
         return "patch" if isinstance(first.module, _CONVOLUTION) else "position", 1.0
     # what is merged lies side by side in a row of the projector's input
-    return "patch", 1.0 if features_per_patch is None else features_per_patch / first.width_in
+    return "projected", 1.0 if features_per_patch is None else features_per_patch / first.width_in
 
 
 def _add_pairs(found: StepFlops, output: _Layer, scores_train: bool, config: Any) -> None:

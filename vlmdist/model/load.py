@@ -9,6 +9,7 @@ from torch import nn
 from vlmdist.config import ModelConfig, RunConfig
 from vlmdist.errors import UserError
 from vlmdist.model.adapters import adapt, load_adapter, load_trainable, merge_adapters
+from vlmdist.model.compile_later import compiled_when_called
 from vlmdist.model.families import PARTS, Family, auto_model, family_of
 from vlmdist.model.memory import memory_problem
 from vlmdist.model.packed_attention import attend_by_sample
@@ -102,7 +103,8 @@ def _load_base(config: ModelConfig, device: torch.device) -> tuple[Any, Family]:
         if config.quantization != "none":
             options["quantization_config"] = _quantization(config, dtype, family)
             options["device_map"] = {"": device}
-        model = from_pretrained(auto_model(family), config, **options)
+        with compiled_when_called():  # transformers imports bitsandbytes where it quantizes
+            model = from_pretrained(auto_model(family), config, **options)
     _refuse_quantized_unasked(model, config, family)
     _keep_gradients_through_4bit_on_cpu(model)
     model.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlmdist.config import ModelConfig
+from vlmdist.model.compile_later import compiled_when_called
 from vlmdist.model.families import Family, auto_model
 
 
@@ -38,7 +39,8 @@ def _quantize(model: nn.Module, config: ModelConfig, family: Family, dtype: torc
 
 
 def _nf4(module: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    import bitsandbytes as bnb
+    with compiled_when_called():
+        import bitsandbytes as bnb
 
     made = bnb.nn.Linear4bit(
         module.in_features,
@@ -55,11 +57,13 @@ def _nf4(module: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
 
 
 def _int8(module: nn.Linear, device: torch.device) -> nn.Module:
-    import bitsandbytes as bnb
+    with compiled_when_called():
+        import bitsandbytes as bnb
 
     made = bnb.nn.Linear8bitLt(
         module.in_features, module.out_features, bias=module.bias is not None, has_fp16_weights=False, device="meta"
     )
-    weight: Any = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+    # bitsandbytes makes 8 bits of what comes from the host alone
+    weight: Any = bnb.nn.Int8Params(module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     made.weight, made.bias = weight.to(device), module.bias
     return made  # type: ignore[no-any-return]

@@ -62,6 +62,7 @@ TOLD = {
     "train.per_device_train_batch_size": "sums are rounded differently",
     "train.max_tokens_per_micro_batch": "sums are rounded differently",
     "train.packing": "sums are rounded differently",
+    "train.cache_vision_features": "the vision tower may round differently",
     "train.learning_rate": "the later steps follow the new schedule",
     "train.lr_scheduler_type": "the later steps follow the new schedule",
     "train.warmup_ratio": "the later steps follow the new schedule",

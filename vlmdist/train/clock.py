@@ -14,14 +14,16 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Collection
-from enum import StrEnum
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+from vlmdist.train.parts import STEP_PARTS
+from vlmdist.train.parts import Phase as Phase
 
 _STEPS_COMPARED = 100
 _COLLECTIVES = (
@@ -40,26 +42,6 @@ _COLLECTIVES = (
 """Of deepspeed.comm's backend: those of ZeRO 0 to 3."""
 
 
-class Phase(StrEnum):
-    """What a rank does in a step; also the watch's names for it."""
-
-    DATA = "waiting for data"
-    OTHER_RANKS = "waiting for the other ranks"
-    HOST_TO_DEVICE = "host to device"
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    COMMUNICATION = "communication"
-    OPTIMIZER = "optimizer step"
-    AGREEING = "agreeing to go on"
-
-
-_FIGURES = {
-    "host_to_device_seconds": (Phase.HOST_TO_DEVICE,),
-    "forward_seconds": (Phase.FORWARD,),
-    "backward_seconds": (Phase.BACKWARD,),
-    "communication_seconds": (Phase.COMMUNICATION, Phase.AGREEING),
-    "optimizer_seconds": (Phase.OPTIMIZER,),
-}
 _BUSY = (Phase.DATA, Phase.HOST_TO_DEVICE, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 """What a rank does without the others: it is slow by these."""
 
@@ -248,7 +230,9 @@ def phase_figures(seconds: torch.Tensor, steps: int, mixed: Collection[Phase] = 
     nothing is left to compare, as in a world of one.
     """
     of_step_s = dict(zip(Phase, (seconds[0] / steps).tolist(), strict=True))
-    figures: dict[str, Any] = {name: round(sum(of_step_s[p] for p in of), 6) for name, of in _FIGURES.items()}
+    figures: dict[str, Any] = {
+        name: round(sum(of_step_s[p] for p in part.phases), 6) for name, part in STEP_PARTS.items() if part.phases
+    }
     busy = [i for i, phase in enumerate(Phase) if phase in _BUSY and phase not in mixed]
     busy_s = seconds[:, busy].sum(dim=1).tolist()
     slowest = int(np.argmax(busy_s))
@@ -257,6 +241,11 @@ def phase_figures(seconds: torch.Tensor, steps: int, mixed: Collection[Phase] = 
     figures["slowest_rank"] = slowest if usual_s else None
     figures["slowest_rank_percent"] = round(100 * (busy_s[slowest] / usual_s - 1), 1) if usual_s else None
     return figures
+
+
+def median_and_p95(seconds: Iterable[float]) -> tuple[float, float]:
+    median, p95 = np.percentile(list(seconds), [50, 95]).tolist()
+    return median, p95
 
 
 class StepTimes:
@@ -269,7 +258,7 @@ class StepTimes:
         self._seconds.append(seconds)
 
     def figures(self) -> dict[str, float]:
-        median, p95 = np.percentile(self._seconds, [50, 95]).tolist()
+        median, p95 = median_and_p95(self._seconds)
         return {"step_seconds_median": round(median, 4), "step_seconds_p95": round(p95, 4)}
 
 

@@ -23,6 +23,7 @@ from vlmdist.train.changes import changes_since
 from vlmdist.train.checkpoint.folder import keep, tidy
 from vlmdist.train.checkpoint.load import newest_checkpoint, other_data
 from vlmdist.train.ds_config import load_ds_config
+from vlmdist.train.features import feature_problems
 from vlmdist.train.generate import generation_problems
 from vlmdist.train.init_from import InitSource, find_init_source
 from vlmdist.train.metrics import log
@@ -132,6 +133,7 @@ def open_inputs(config: RunConfig, world_size: int, dtype: torch.dtype) -> tuple
         ds_config = load_ds_config(config, world_size, dtype)
     except UserError as e:
         problems += e.problems
+    problems += feature_problems(config, ds_config)
     problems += [f"data.train: {c.name} holds no sample" for c in corpora if len(c) == 0]
     thrashing = refuse_thrashing(corpora, config.data.shuffle_block_size)
     problems += [thrashing] if thrashing else []

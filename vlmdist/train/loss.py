@@ -49,7 +49,11 @@ def token_loss_sum(
 
 
 def _chunked_loss_sum(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, logits_at_once: int | None, gradient_scale: float
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    logits_at_once: int | None,
+    gradient_scale: float,
 ) -> torch.Tensor:
     """hidden: [N, width], targets: [N]."""
     fused = _fused_loss(head, hidden)

@@ -40,6 +40,9 @@ class Measurement:
         peak = device_peak(t.world.device, resolve_dtype(t.config.model.precision, t.world.device))
         t.peak_flops_per_s = peak.flops_per_s
         on_gpu = t.world.device.type == "cuda"
+        if on_gpu:
+            # the peak is to be the steps': weights drawn at random are there in 16 bits before they are quantized
+            torch.cuda.reset_peak_memory_stats(t.world.device)
         self.facts = {
             "device": torch.cuda.get_device_name(t.world.device) if on_gpu else "CPU",
             "peak_tflops": round(peak.flops_per_s / 1e12, 4),

@@ -21,6 +21,7 @@ from vlmdist.data.shards.corpus import Corpus
 from vlmdist.data.stream import TrainStream
 from vlmdist.distributed import World, barrier, gather_objects
 from vlmdist.model.adapters import num_elements, part_sizes, trains_vision
+from vlmdist.model.compile_later import compiled_when_called
 from vlmdist.model.families import Family
 from vlmdist.model.flops import Flops, StepFlops
 from vlmdist.model.load import load_for_training, load_processor
@@ -30,6 +31,7 @@ from vlmdist.train.checkpoint.load import load_checkpoint, universal_if_needed
 from vlmdist.train.checkpoint.save import Saver
 from vlmdist.train.ds_config import offloads_optimizer
 from vlmdist.train.exchange import log_start
+from vlmdist.train.features import KeptFeatures, keep_features
 from vlmdist.train.generate import Generation
 from vlmdist.train.gradients import GradientWatch
 from vlmdist.train.init_from import apply_init_from, restore_inherited
@@ -54,6 +56,8 @@ class Training:
     prompter: Prompter
     stream: TrainStream
     validation: Corpus | None
+    kept_features: KeptFeatures | None
+    """None: none are kept."""
     generation: Generation | None
     """None: no answers while training."""
     state: TrainState
@@ -104,6 +108,8 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
     _log_sizes(model)
     if config.train.packing:
         prove_packing(model, prompter)
+    corpora = inputs.mixture.corpora
+    kept = keep_features(config, corpora, inputs.validation, run, world, model, family, prompter)
     heartbeat.enter("planning")
     costs = _plan_costs(inputs, prompter, model, family, world)
     flops = StepFlops.of(model, family)
@@ -123,9 +129,10 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
         num_workers=config.data.num_workers,
         needs_image=trains_vision(config.adapt, family),
         packing=config.train.packing,
+        kept=None if kept is None else kept.train,
     )
     watch = GradientWatch(engine.module)
-    fingerprints = [c.fingerprint for c in inputs.mixture.corpora]
+    fingerprints = [c.fingerprint for c in corpora]
     saver = Saver(engine, run, config, fingerprints, world, heartbeat.alive)
     saver.saved_step = None if inputs.checkpoint is None else inputs.state.step
     generation = None
@@ -139,6 +146,7 @@ def prepare(config: RunConfig, world: World, run: RunFolder, inputs: Inputs, hea
         prompter=prompter,
         stream=stream,
         validation=inputs.validation,
+        kept_features=kept,
         generation=generation,
         flops=flops,
         peak_flops_per_s=None if peak is None else peak.flops_per_s,
@@ -170,7 +178,8 @@ def _start_engine(model: Any, config: RunConfig, world: World, inputs: Inputs) -
         # put here also saves its probing of all operations at every start: compiler runs, with stderr turned off
         vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    with compiled_when_called():  # its Muon, which it imports whatever the optimizer
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if inputs.checkpoint is not None:
         load_checkpoint(engine, inputs.checkpoint, universal, world)
         cursor = inputs.state.cursor

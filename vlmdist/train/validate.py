@@ -32,6 +32,7 @@ def validation_loss(t: Training, stop: StopSignal) -> dict[str, Any]:
         batch_size=t.config.train.per_device_train_batch_size,
         max_samples=t.config.train.max_eval_samples,
         num_workers=t.config.data.num_workers,
+        kept=None if t.kept_features is None else t.kept_features.validation,
     )
     feed = Feed(batches)
     while True:
