@@ -5,7 +5,8 @@ A row of training is about the steps since the row before; means and sums over a
 loss, loss_tokens        mean cross entropy (nats), and of how many tokens
 ..._per_second           tokens, samples, images of all ranks; padded_tokens: with padding and placeholders
 step_seconds             mean of a step. Of it, in rank 0: data_wait_seconds (until all ranks have their samples),
-                         host_to_device, forward, backward, communication (waiting for slower ranks in it), optimizer
+                         host_to_device, forward (with the backward of the head, which is made there), backward,
+                         communication (waiting for slower ranks in it), optimizer
 step_seconds_median, _p95   of the steps of the row, or of the last hundred where the row has fewer
 slowest_rank, _percent   who was busy for longest, and by how many % longer than the median of the others
 peak_memory_gb           the most (10^9 bytes) that any rank has held since its start: on a GPU, or else in its host
