@@ -102,7 +102,14 @@ def make_model(recipe: str, folder: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["llama3_receipts", "llava_pretrain", "llava_instruct", "internvl_sroie", "moondream_currency"]
+    "recipe",
+    [
+        "llama3_receipts",
+        pytest.param("llava_pretrain", marks=pytest.mark.slow),
+        "llava_instruct",
+        "internvl_sroie",
+        "moondream_currency",
+    ],
 )
 def test_a_shipped_run_file_trains_and_evaluates(recipe: str, tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "data", recipe)

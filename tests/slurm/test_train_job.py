@@ -92,7 +92,9 @@ def test_two_nodes_evaluate(slurm: SlurmTestbed, receipts: Path, tmp_path: Path)
     assert json.loads((tmp_path / "eval" / "base" / "scores.json").read_text())["num_samples"] == 8
     assert len(rows(tmp_path / "eval" / "base" / "predictions.jsonl")) == 8
     timing = json.loads((tmp_path / "eval" / "base" / "timing.json").read_text())
-    assert [rank["samples"] for rank in timing["ranks"]] == [4, 4]
+    shares = [rank["samples"] for rank in timing["ranks"]]  # whoever is free takes the next batch
+    assert len(shares) == 2
+    assert sum(shares) == 8
 
 
 def test_wrong_input_ends_the_job_with_its_sentence_and_no_requeue(

@@ -1,5 +1,9 @@
 """The loss equals the plain one over full logits, in value and gradient, and never holds the full logits."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,19 @@ def test_value_and_gradients_equal_full_logits(model: Any, chunked: bool, adapte
     assert gradients.keys() == reference.keys()
     for name, gradient in reference.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_a_head_that_zero3_shards(head: str) -> None:
+    """It is run once, whatever a chunk is: ranks gather its weights each time, and differ in their tokens."""
+    command = [sys.executable, str(Path(__file__).with_name("zero3_loss.py")), head]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chunked"] == pytest.approx(found["plain"], rel=1e-6)
+    assert found["head_calls"] == 1
+    assert found["gradients"] == (21 if head == "trained" else 20)
+    assert found["largest_difference"] < 1e-5
 
 
 class LargestTensor(TorchDispatchMode):

@@ -93,8 +93,11 @@ def spoil_pictures(corpus: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "ranks", "workers", "train"),
-    [("LLaVA-1.5", 2, 1, {}), ("InternVL", 1, 0, {}), ("LLaVA-1.5", 1, 0, {"packing": True})],
-    ids=["LLaVA", "InternVL", "packed"],
+    [
+        pytest.param("LLaVA-1.5", 2, 1, {}, id="LLaVA"),
+        pytest.param("InternVL", 1, 0, {}, id="InternVL", marks=pytest.mark.slow),
+        pytest.param("LLaVA-1.5", 1, 0, {"packing": True}, id="packed", marks=pytest.mark.slow),
+    ],
 )
 def test_the_losses_are_those_without(
     world: Path, tmp_path: Path, family: str, ranks: int, workers: int, train: dict[str, Any]
@@ -149,6 +152,7 @@ def test_no_picture_is_read_in_a_later_epoch(world: Path, tmp_path: Path) -> Non
     assert "checksum" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_and_one_of_another_kind_change_nothing(world: Path, tmp_path: Path) -> None:
     train: dict[str, Any] = {"lr_scheduler_type": "constant"}
     run_vlmdist(1, "train", run_on(world, tmp_path / "run", train={**train, "max_steps": 7}))

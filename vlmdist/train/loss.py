@@ -3,8 +3,8 @@ batch into ranks and micro-batches changes the gradient (see exactness in the RE
 
 Logits are never held for a whole micro-batch: at a vocabulary of 128k they would be most of a step's memory. The model
 runs without its head; the head and the cross entropy then follow for the tokens in the loss alone, some hundred at a
-time. The gradient of such a chunk is made at once, while its logits are there, so that nothing is computed twice
-(the idea of Liger's kernel, https://arxiv.org/abs/2410.10989, section 3.2).
+time (under ZeRO-3 together). The gradient of such a chunk is made at once, while its logits are there, so that nothing
+is computed twice (the idea of Liger's kernel, https://arxiv.org/abs/2410.10989, section 3.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from vlmdist.data.collate import MicroBatch
 from vlmdist.train.positions import with_own_positions
@@ -62,18 +61,14 @@ def _chunked_loss_sum(
     if logits_at_once is None:
         logits_at_once = _LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
     rows = max(1, logits_at_once // _vocabulary_size(head))
-    if torch.is_grad_enabled() and not _is_sharded(head):
-        trained = [p for p in head.parameters() if p.requires_grad]
-        loss: torch.Tensor = _LossWithGradient.apply(head, targets, rows, gradient_scale, hidden, *trained)  # type: ignore[no-untyped-call]
-        return loss
-
-    def of_chunk(chunk: torch.Tensor, its_targets: torch.Tensor) -> torch.Tensor:
-        return _cross_entropy_sum(head(chunk), its_targets)
-
-    total = torch.zeros((), device=hidden.device)
-    for chunk, its_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(of_chunk, chunk, its_targets, use_reentrant=False)
-    return total
+    if _is_sharded(head):
+        return _cross_entropy_sum(head(hidden), targets)
+    if not torch.is_grad_enabled():
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.stack([_cross_entropy_sum(head(h), t) for h, t in chunks]).sum()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    loss: torch.Tensor = _LossWithGradient.apply(head, targets, rows, gradient_scale, hidden, *trained)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _LossWithGradient(torch.autograd.Function):
@@ -118,7 +113,7 @@ def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 
 def _is_sharded(head: torch.nn.Module) -> bool:
-    """By ZeRO-3: weights are there only while the head runs, and their gradients are wanted only in the backward."""
+    """By ZeRO-3: all ranks must run it equally often, whatever tokens they have, since each time they gather it."""
     return any(hasattr(p, "ds_id") for p in head.parameters())
 
 
