@@ -75,17 +75,23 @@ def test_value_and_gradients_equal_full_logits(model: Any, chunked: bool, adapte
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("head", ["frozen", "trained"])
-def test_a_head_that_zero3_shards(head: str) -> None:
-    """It is run once, whatever a chunk is: ranks gather its weights each time, and differ in their tokens."""
+@pytest.mark.parametrize(
+    ("head", "num_gradients", "tokens_at_once"), [("frozen", 20, 32), ("trained", 21, 32), ("lora", 6, 117)]
+)
+def test_a_head_that_zero3_shards(head: str, num_gradients: int, tokens_at_once: int) -> None:
+    """It is run once, whatever a chunk is: ranks gather its weights each time, and differ in their tokens.
+
+    Nothing larger than its own weights, 512 x 32, is made of logits; with LoRA those of all tokens in the loss are.
+    """
     command = [sys.executable, str(Path(__file__).with_name("zero3_loss.py")), head]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["chunked"] == pytest.approx(found["plain"], rel=1e-6)
     assert found["head_calls"] == 1
-    assert found["gradients"] == (21 if head == "trained" else 20)
+    assert found["gradients"] == num_gradients
     assert found["largest_difference"] < 1e-5
+    assert found["rows_of_logits"] == tokens_at_once
 
 
 class LargestTensor(TorchDispatchMode):

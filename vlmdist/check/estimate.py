@@ -69,8 +69,8 @@ class Exchange:
     bucket_elements: int = 50_000_000
     live_elements: int = 0
     """ZeRO-3: parameters that stay gathered until the backward."""
-    recomputes: bool = False
-    """Gradient checkpointing: ZeRO-3 gathers for the second forward too."""
+    recomputed: int = 0
+    """ZeRO-3: parameters that gradient checkpointing gathers for a second forward."""
     overlaps: bool = True
     """The gradients travel beside the backward."""
 
@@ -118,8 +118,8 @@ def collectives(e: Exchange, num_micro_steps: float, world_size: int) -> list[Co
     gradients, weights = e.trained * e.element_bytes, e.trained * e.element_bytes
     calls = math.ceil(e.trained / e.bucket_elements)
     if e.stage == 3:
-        again = (2 if e.recomputes else 1) * max(0.0, 1 - e.live_elements / e.held)
-        gathered = e.held * e.element_bytes * (1 + again) * num_micro_steps
+        let_go = max(0.0, 1 - e.live_elements / e.held)
+        gathered = (e.held + let_go * (e.held + e.recomputed)) * e.element_bytes * num_micro_steps
         gathers = math.ceil(gathered / e.element_bytes / e.bucket_elements)
         reduced = Collective("reduce_scatter", gradients * num_micro_steps, math.ceil(calls * num_micro_steps), True)
         return [Collective("all_gather", gathered, gathers, False), reduced]

@@ -141,13 +141,15 @@ def _shape(flops: StepFlops, taken: Taken) -> _Shape:
 def _exchange(config: RunConfig, ds_config: dict[str, Any], adapted: nn.Module, dtype: torch.dtype) -> Exchange:
     zero = ds_config.get("zero_optimization", {})
     stage = zero_stage(ds_config)
+    held = sum(p.numel() for p in adapted.parameters())
+    in_head = sum(p.numel() for p in adapted.get_output_embeddings().parameters())  # type: ignore[operator]
     return Exchange(
         stage=stage,
         trained=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        held=sum(p.numel() for p in adapted.parameters()),
+        held=held,
         element_bytes=dtype.itemsize,
         bucket_elements=int(zero.get("reduce_bucket_size", 5e8)),
         live_elements=int(min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9))),
-        recomputes=config.model.gradient_checkpointing,
+        recomputed=held - in_head if config.model.gradient_checkpointing else 0,
         overlaps=bool(zero.get("overlap_comm", stage == 3)),
     )

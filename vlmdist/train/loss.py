@@ -3,7 +3,7 @@ batch into ranks and micro-batches changes the gradient (see exactness in the RE
 
 Logits are never held for a whole micro-batch: at a vocabulary of 128k they would be most of a step's memory. The model
 runs without its head; the head and the cross entropy then follow for the tokens in the loss alone, some hundred at a
-time (under ZeRO-3 together). The gradient of such a chunk is made at once, while its logits are there, so that nothing
+time. The gradient of such a chunk is made at once, while its logits are there, so that nothing
 is computed twice (the idea of Liger's kernel, https://arxiv.org/abs/2410.10989, section 3.2).
 """
 
@@ -37,7 +37,7 @@ def token_loss_sum(
     positions, targets = batch.loss_tokens()  # [N], [N]
     head = _plain_head(model)
     inputs = with_own_positions(model, batch.inputs)
-    with _passed_through(head):
+    with _other_forward(head, lambda hidden, *_, **__: hidden):
         found = model(**inputs, use_cache=False).logits  # [B, T, width], or logits [B, T, V]
     if len(positions) == 0:
         return (head(found[:1, :1]) if head is not None else found).float().sum() * 0.0
@@ -61,13 +61,22 @@ def _chunked_loss_sum(
     if logits_at_once is None:
         logits_at_once = _LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
     rows = max(1, logits_at_once // _vocabulary_size(head))
-    if _is_sharded(head):
+    plain_forward = head.forward
+
+    def in_chunks(hidden: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+            return torch.stack([_cross_entropy_sum(logits_of(h), t) for h, t in chunks]).sum()
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss: torch.Tensor = _LossWithGradient.apply(logits_of, targets, rows, gradient_scale, hidden, *trained)  # type: ignore[no-untyped-call]
+        return loss
+
+    if not _is_sharded(head):
+        return in_chunks(hidden, head)
+    if list(head.children()):  # LoRA's matrices are gathered each for itself
         return _cross_entropy_sum(head(hidden), targets)
-    if not torch.is_grad_enabled():
-        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.stack([_cross_entropy_sum(head(h), t) for h, t in chunks]).sum()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    loss: torch.Tensor = _LossWithGradient.apply(head, targets, rows, gradient_scale, hidden, *trained)  # type: ignore[no-untyped-call]
+    with _other_forward(head, lambda hidden: in_chunks(hidden, plain_forward)):
+        loss: torch.Tensor = head(hidden)
     return loss
 
 
@@ -77,7 +86,7 @@ class _LossWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: torch.nn.Module,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
         targets: torch.Tensor,
         rows: int,
         scale: float,
@@ -90,7 +99,7 @@ class _LossWithGradient(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = head(chunk.view_as(chunk))  # [rows, V]; no leaf: hooks as of torch's FLOP counter take none
+                logits = logits_of(chunk.view_as(chunk))  # [rows, V]; no leaf: hooks as of torch's FLOP counter take none
                 loss = _cross_entropy_sum(logits, targets[start : start + rows])
                 scaled = loss * scale
             del logits  # autograd has what it needs of them
@@ -113,7 +122,7 @@ def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 
 def _is_sharded(head: torch.nn.Module) -> bool:
-    """By ZeRO-3: all ranks must run it equally often, whatever tokens they have, since each time they gather it."""
+    """By ZeRO-3: each call gathers it from all ranks, so they must call it equally often, whatever tokens they have."""
     return any(hasattr(p, "ds_id") for p in head.parameters())
 
 
@@ -151,13 +160,13 @@ def _vocabulary_size(head: torch.nn.Module) -> int:
 
 
 @contextmanager
-def _passed_through(head: torch.nn.Module | None) -> Iterator[None]:
-    """While this lasts the head returns what it is given."""
-    if head is None:
+def _other_forward(module: torch.nn.Module | None, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """While this lasts a call of the module, hooks and all, runs this."""
+    if module is None:
         yield
         return
-    head.forward = lambda hidden, *_, **__: hidden  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del head.forward
+        del module.forward
