@@ -99,7 +99,7 @@ class _LossWithGradient(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of(chunk.view_as(chunk))  # [rows, V]; no leaf: hooks as of torch's FLOP counter take none
+                logits = logits_of(chunk.view_as(chunk))
                 loss = _cross_entropy_sum(logits, targets[start : start + rows])
                 scaled = loss * scale
             del logits  # autograd has what it needs of them
