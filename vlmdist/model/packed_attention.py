@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlmdist.model.cpu_attention import causal_attention
+
 
 class _Block(NamedTuple):
     """Tokens that see no others, and nobody else sees."""
@@ -31,18 +33,42 @@ def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention. query, key, value: [B, heads, T, D]; returns [B, T, heads, D]."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     blocks = None
     if query.shape[0] == 1 and query.shape[2] == key.shape[2] and options.get("position_bias") is None:
         blocks = _blocks_of(attention_mask)
     if blocks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _of_sample(module, query, key, value, attention_mask, **options), None
     found = []
     for start, stop, mask in blocks:
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        found.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+        found.append(_of_sample(module, q, k, v, mask, **options))
     return torch.cat(found, dim=1), None
+
+
+def _of_sample(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> torch.Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None and _trains_on_cpu(module, query, key, value, options):
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        return causal_attention(query[0], key[0], value[0], scale).transpose(0, 1)[None]
+    found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return found
+
+
+def _trains_on_cpu(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Any) -> bool:
+    is_causal = options.get("is_causal")
+    return (
+        query.device.type == "cpu"
+        and {x.dtype for x in (query, key, value)} == {torch.bfloat16}
+        and (query.requires_grad or key.requires_grad)
+        and query.shape[0] == 1
+        and 1 < query.shape[2] == key.shape[2]
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and not options.get("dropout")
+        and options.get("position_bias") is None
+    )
 
 
 def _blocks_of(mask: Any) -> list[_Block] | None:

@@ -17,9 +17,11 @@ from torch.nn.functional import cross_entropy
 from vlmdist.data.collate import MicroBatch
 from vlmdist.train.positions import with_own_positions
 
-_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**26, 2**24
-"""Numbers in the logits of one chunk of tokens. 256 MB in fp32: by then a GPU's time is in the products, not in reading
-the head for each chunk. A CPU is as fast with a quarter of it, in a third of the memory (tests/benchmarks/loss.py)."""
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**26, 2**25
+"""Numbers in the logits of one chunk of tokens, in the precision of the model: 128 MB in 16 bits. By then a GPU's time
+is in the products, not in reading the head for each chunk. A CPU is as fast with half of it."""
+_IN_FP32, _IN_FP32_ON_CPU = 2**24, 2**18
+"""Of them that are in fp32 at once."""
 # a model that does more to its logits than its head does, does it where these of its configuration are set
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -99,12 +101,11 @@ class _LossWithGradient(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of(chunk.view_as(chunk))
-                loss = _cross_entropy_sum(logits, targets[start : start + rows])
-                scaled = loss * scale
-            del logits  # autograd has what it needs of them
-            to_chunk, *others = torch.autograd.grad(scaled, [chunk, *trained])
-            total += loss.detach()
+                # no leaf: hooks as of torch's FLOP counter take none
+                logits = logits_of(chunk.view_as(chunk))  # [rows, V]
+            to_logits = logits.detach()
+            total += _replace_by_gradient(to_logits, targets[start : start + rows], scale)
+            to_chunk, *others = torch.autograd.grad(logits, [chunk, *trained], to_logits)
             to_hidden[start : start + rows] = to_chunk
             to_trained = [a.add_(b) for a, b in zip(to_trained, others, strict=True)] if start else others
         ctx.scale = scale
@@ -115,6 +116,25 @@ class _LossWithGradient(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         times = upstream[0] / ctx.scale  # 1, but where the loss is not finite and all gradients must not be
         return None, None, None, None, *(g * times.to(g.dtype) for g in ctx.saved_tensors)
+
+
+def _replace_by_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+    """The sum of the cross entropies, in fp32. logits, [N, V], become its gradient, times scale.
+
+    A few rows at a time, which a CPU's cache holds from one pass to the next.
+    """
+    total = torch.zeros((), device=logits.device)
+    at_once = _IN_FP32_ON_CPU if logits.device.type == "cpu" else _IN_FP32
+    rows = max(1, at_once // logits.shape[1])
+    for some, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
+        x = some.float()
+        of_target = x.gather(1, target)
+        largest = x.amax(1, keepdim=True)
+        summed = x.sub_(largest).exp_().sum(1, keepdim=True)
+        total += (summed.log() + largest - of_target).sum()
+        x.mul_(scale / summed).scatter_add_(1, target, torch.full_like(of_target, -scale))
+        some.copy_(x)
+    return total
 
 
 def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
