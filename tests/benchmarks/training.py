@@ -109,7 +109,12 @@ SETTINGS = {
         row=1024,
     ),
     "full": replace(
-        _TEXT, about="receipt lines, Vicuna's vocabulary", precision="fp32", learning_rate=3e-4, lora=False
+        _TEXT,
+        about="receipt lines, Vicuna's vocabulary",
+        precision="fp32",
+        row=1024,  # about what 8 padded samples are: ZeRO-2 exchanges all gradients after every micro-step
+        learning_rate=3e-4,
+        lora=False,
     ),
 }
 

@@ -69,53 +69,6 @@ def _installed() -> SlurmBinaries | None:
 # --- unpacking --------------------------------------------------------------------------------------------------------
 
 
-def _unpack(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    apt = _private_apt(folder / "apt")
-    root = folder / "root"
-    root.mkdir(parents=True)
-    _run([*apt, "update"], check=False)  # a source that can't be reached is no matter as long as the packages are found
-    debs = folder / "debs"
-    debs.mkdir()
-    packages = _packages_needed(apt)
-    try:
-        _run([*apt, "download", *packages], cwd=debs)
-    except subprocess.CalledProcessError as e:
-        raise SlurmMissing(
-            f"Slurm's packages could not be downloaded ({_last_line(e.stderr)}): is there a network? "
-            f"Or install them: apt-get install {' '.join(PACKAGES)}"
-        ) from None
-    for deb in sorted(debs.glob("*.deb")):
-        _run(["dpkg", "-x", str(deb), str(root)])
-    _link_plain_names(root)
-    missing = _missing_libraries(root)
-    if missing:
-        raise SlurmMissing(f"the unpacked Slurm lacks {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
-    shutil.rmtree(folder / "apt")
-    shutil.rmtree(debs)
-    (folder / _DONE).write_text("\n".join(packages) + "\n", encoding="utf-8")
-
-
-def _private_apt(state: Path) -> list[str]:
-    """apt-get with lists and caches under ``state``: needs no root and no lists on the system, takes no lock of it."""
-    lists, cache = state / "lists", state / "cache"
-    (lists / "partial").mkdir(parents=True)
-    (cache / "archives" / "partial").mkdir(parents=True)
-    options = {
-        "Dir::State": state,
-        "Dir::State::Lists": lists,
-        "Dir::State::status": "/var/lib/dpkg/status",
-        "Dir::State::extended_states": state / "extended_states",
-        "Dir::Cache": cache,
-        "Debug::NoLocking": "1",
-        "APT::Sandbox::User": "root",  # root's downloads go into this folder, which the user _apt may not enter
-        "APT::Update::Post-Invoke::": "true",
-        "Acquire::Languages": "none",
-        "Acquire::Retries": "2",
-    }
-    return ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
-
-
 def _packages_needed(apt: Sequence[str]) -> list[str]:
     """PACKAGES, every package of Slurm's they depend on, and what of their other dependencies is not installed."""
     cache = ["apt-cache", *apt[2:]]
@@ -133,6 +86,14 @@ def _packages_needed(apt: Sequence[str]) -> list[str]:
     return sorted({*PACKAGES, *wanted, *(slurm - virtual)})
 
 
+def _finish(root: Path) -> None:
+    _link_plain_names(root)
+    programs = [root / "usr/sbin" / name for name in ("slurmctld", "slurmd", "slurmstepd")] + [root / "usr/bin/srun"]
+    missing = missing_libraries(programs, _library_path(root)["LD_LIBRARY_PATH"])
+    if missing:
+        raise PackagesMissing(f"the unpacked Slurm lacks {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
+
+
 def _link_plain_names(root: Path) -> None:
     """Debian calls the programs slurmctld-wlm and so on; under that name slurmd refuses every job with --gres."""
     for folder in ("usr/bin", "usr/sbin"):
@@ -140,13 +101,6 @@ def _link_plain_names(root: Path) -> None:
             plain = program.with_name(program.name.removesuffix("-wlm"))
             plain.unlink(missing_ok=True)  # an absolute link through /etc/alternatives, if it is there at all
             plain.symlink_to(program.name)
-
-
-def _missing_libraries(root: Path) -> list[str]:
-    files = [root / "usr/sbin/slurmctld", root / "usr/sbin/slurmd", root / "usr/sbin/slurmstepd", root / "usr/bin/srun"]
-    env = {**os.environ, **_library_path(root)}
-    output = "".join(subprocess.run(["ldd", f], env=env, capture_output=True, text=True).stdout for f in files)
-    return sorted(set(re.findall(r"(\S+) => not found", output)))
 
 
 def _unpacked(folder: Path) -> SlurmBinaries:
@@ -167,25 +121,3 @@ def _plugin_dir(root: Path) -> Path:
 def _library_path(root: Path) -> dict[str, str]:
     plugins = _plugin_dir(root)
     return {"LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}"}
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two test runs at once must not unpack into the same folder."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / (folder.name + ".lock"), "w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except PermissionError as e:
-        raise SlurmMissing(f"{e.filename} can't be written: set VLMDIST_TEST_SLURM to a folder of yours") from None
-
-
-def _run(command: Sequence[str], check: bool = True, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-    return subprocess.run(command, check=check, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no message"
