@@ -16,6 +16,8 @@ from vlmdist.errors import BadSample
 
 ROLES = ("system", "user", "assistant")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+VISION_ROWS = "vision_rows"
+"""Name, among the inputs of a micro-batch, of what says which of its tiles come as kept vision features."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from tiny_families import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmdist.data.collate import MicroBatch, pad_right
-from vlmdist.data.features import FEATURES, VISION_ROWS, ToKeep, vision_rows
+from vlmdist.data.features import FEATURES, ToKeep, vision_rows
 from vlmdist.data.prompt import Encoded
 from vlmdist.errors import UserError
 from vlmdist.model.families import Family, family_of
 from vlmdist.model.flops import StepFlops
 from vlmdist.model.load import load_config
 from vlmdist.model.vision_features import FrozenTower, family_problem, features_per_tile, tower_digest
+from vlmdist.sample import VISION_ROWS
 from vlmdist.train.features import _probes
 from vlmdist.train.loss import token_loss_sum
 

@@ -32,8 +32,6 @@ from vlmdist.data.prompt import Encoded
 
 FEATURES = "vision_features"
 """Their name among ``Encoded.features``, in place of the pixels: [tiles, P, D]."""
-VISION_ROWS = "vision_rows"
-"""Name of ``VisionRows`` among the inputs of a micro-batch."""
 
 _ROW = np.dtype([("sample", "<i8"), ("offset", "<i8"), ("num_bytes", "<i8"), ("crc32", "<u4"), ("unused", "<u4")])
 _OF_TOKENS = "per_token."

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmdist.data.collate import MicroBatch, pack, pad_right
 from vlmdist.data.costs import SampleCosts
-from vlmdist.data.features import FEATURES, VISION_ROWS, KeptSamples, vision_rows
+from vlmdist.data.features import FEATURES, KeptSamples, vision_rows
 from vlmdist.data.order import Cursor, mixture_epoch, mixture_length, step_slice, steps_left
 from vlmdist.data.plan import StepPlan, plan_step
 from vlmdist.data.prompt import Encoded, Prompter
 from vlmdist.data.shards.corpus import Corpus
 from vlmdist.errors import BadSample, RunFailed, UserError
 from vlmdist.processes import die_with_parent
+from vlmdist.sample import VISION_ROWS
 
 Rows = tuple[tuple[int, int], ...]  # (corpus, sample) of the rows of one micro-batch of this rank
 

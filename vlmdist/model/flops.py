@@ -32,7 +32,7 @@ from torch import nn
 
 from vlmdist.model.adapters import PEFT_PREFIX
 from vlmdist.model.families import PARTS, Family
-from vlmdist.model.vision_features import VISION_ROWS
+from vlmdist.sample import VISION_ROWS
 
 _VISION = ("vision_tower", "projector")
 _CLASS_TOKENS = ("class_embedding", "cls_token")

@@ -20,9 +20,8 @@ from torch import nn
 from vlmdist.errors import UserError
 from vlmdist.model.adapters import PEFT_PREFIX
 from vlmdist.model.families import Family
+from vlmdist.sample import VISION_ROWS
 
-VISION_ROWS = "vision_rows"
-"""Name, among the model's inputs, of what says which tiles are kept features."""
 _REFUSED = "train.cache_vision_features: {}; set it to false"
 
 
