@@ -7,6 +7,7 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. Without them a proce
 import functools
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -101,14 +102,24 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
 
 def gather_tensors(values: "torch.Tensor") -> "list[torch.Tensor]":
     """The host tensor of every rank, in rank order; it must have the same shape on all (all ranks)."""
+    return begin_to_gather_tensors(values)()
+
+
+def begin_to_gather_tensors(values: "torch.Tensor") -> "Callable[[], list[torch.Tensor]]":
+    """``gather_tensors`` while this rank goes on (all ranks); what is returned waits for the result."""
     import torch
     import torch.distributed as dist
 
     if not _several_ranks():
-        return [values]
+        return lambda: [values]
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, values, group=_host_group())
-    return gathered
+    work = dist.all_gather(gathered, values, group=_host_group(), async_op=True)
+
+    def finish() -> list[torch.Tensor]:
+        work.wait()
+        return gathered
+
+    return finish
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -43,7 +43,7 @@ _CALLS: dict[str, tuple[ModuleType, str]] = {
     "forward": (loss, "token_loss_sum"),
     "validation": (loss, "token_loss_sum"),
     "generation": (generate, "generate_batch"),
-    "exchange": (distributed, "gather_tensors"),
+    "exchange": (distributed, "begin_to_gather_tensors"),
     "collective": (torch.distributed, "all_reduce"),
 }
 _Reached = Callable[[str], None]  # called with the file, or "" at a point without one

@@ -1,5 +1,6 @@
 """What the ranks tell each other at every step, and what is logged of it for ``vlmdist audit``."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from vlmdist.data.collate import MicroBatch
 from vlmdist.data.ids import digest_of
 from vlmdist.data.stream import Mixture, Step
-from vlmdist.distributed import gather_objects, gather_tensors, sum_over_ranks
+from vlmdist.distributed import begin_to_gather_tensors, gather_objects, gather_tensors, sum_over_ranks
 from vlmdist.errors import RunFailed
 from vlmdist.run_folder import append_jsonl
 from vlmdist.train.checkpoint.save import Saver
@@ -32,10 +33,15 @@ class Exchanged:
 
     loss_tokens: int
     tokens: int
-    samples: np.ndarray
-    """[n, 2] (corpus, sample) as really loaded, over all ranks."""
     bad: list[dict[str, Any]]
     """Samples left out, over all ranks: corpus, sample, shard, key, why."""
+    gather_samples: Callable[[], list[torch.Tensor]]
+
+    @functools.cached_property
+    def samples(self) -> np.ndarray:
+        """[n, 2] (corpus, sample) as really loaded, over all ranks. They come while the step is computed."""
+        gathered = torch.cat(self.gather_samples()).numpy()  # [ranks * longest, 2]
+        return gathered[gathered[:, 0] >= 0]
 
 
 def next_step(
@@ -98,11 +104,10 @@ def _exchange(micro_batches: list[MicroBatch], counts: torch.Tensor) -> Exchange
     mine = [pair for mb in micro_batches for pair in mb.sample_numbers]
     numbers = torch.full((int(counts[:, 4].max()), 2), -1, dtype=torch.long)
     numbers[: len(mine)] = torch.tensor(mine, dtype=torch.long).reshape(-1, 2)
-    gathered = torch.cat(gather_tensors(numbers)).numpy()  # [ranks * longest, 2]
-    samples = gathered[gathered[:, 0] >= 0]
+    gather_samples = begin_to_gather_tensors(numbers)
     bad = [row for mb in micro_batches for row in mb.bad]
     all_bad = [row for rows in gather_objects(bad) for row in rows] if num_bad else []
-    return Exchanged(loss_tokens, tokens, samples, all_bad)
+    return Exchanged(loss_tokens, tokens, all_bad, gather_samples)
 
 
 def log_start(file: Path, mixture: Mixture, resume_step: int, world_size: int, global_batch_size: int) -> None:
