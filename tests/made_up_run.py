@@ -58,6 +58,14 @@ def add_evaluation(run: Path, name: str, rows: Sequence[Row], metric: str = "fuz
     scores = score_each(rows, metric)
     write_predictions(folder / "predictions.jsonl", rows, scores)
     write_scores(folder / "scores.json", summarise(rows, scores, metric))
+    (folder / "timing.json").write_text(json.dumps({"num_ranks": 2, "total_s": 90.0}))
+
+
+def add_generated(run: Path, step: int, rows: Sequence[Row], metric: str = "fuzzy_fields") -> None:
+    """Answers to a sample of the validation corpus, given after a step."""
+    file = run / "generated" / f"step-{step:06d}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    write_predictions(file, rows, score_each(rows, metric))
 
 
 def receipt_rows(num: int, wrong_every: int = 3) -> list[Row]:
@@ -91,8 +99,19 @@ def _metrics(steps: int) -> list[Row]:
             "data_wait_seconds": 0.9,
             "tokens_per_second": 55.5,
             "tokens_so_far": 1000 * step,
+            "host_to_device_seconds": 0.1,
+            "forward_seconds": 6.0,
+            "backward_seconds": 9.0,
+            "communication_seconds": 1.5,
+            "optimizer_seconds": 0.5,
+            "slowest_rank": 1,
+            "slowest_rank_percent": 4.0,
+            "peak_memory_gb": 3.2,
+            "mfu_percent": None,
         }
         rows.append(row)
         if step % 20 == 0:
-            rows.append({"step": step, "time": first + 20 * i, "validation_loss": 1.0 + abs(step - 40) / 100})
+            measured = {"validation_loss": 1.0 + abs(step - 40) / 100, "validation_score": 60.0 + step / 10}
+            took = {"validation_seconds": 1.5, "generate_seconds": 0.5, "generate_errors": 0}
+            rows.append({"step": step, "time": first + 20 * i + 2, **measured, **took})
     return rows

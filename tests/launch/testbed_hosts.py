@@ -8,7 +8,6 @@ machines alone, as their /etc does; all of it is gone with their processes. Need
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import binaries
+import debian_packages
+from debian_packages import PackagesMissing, last_line
 
 PACKAGES = ("openssh-server", "pdsh")
 HOSTS = ("worker-0", "worker-1")
-_DONE = "unpacked"
 
 _MOUNTS = """\
 set -e
@@ -187,42 +186,15 @@ class TwoHosts:
         assert machine.stdout is not None
         if machine.stdout.readline() != "ready\n":
             machine.wait(timeout=30)
-            raise HostsMissing(f"no namespace can be made here: {binaries._last_line(log.read_text())}")
+            raise HostsMissing(f"no namespace can be made here: {last_line(log.read_text())}")
 
 
 def unpack(folder: Path) -> None:
     """PACKAGES and what they need, from the distribution, into folder/root; once."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg"):
-        raise HostsMissing(f"no {' and '.join(PACKAGES)} here, and no apt to unpack them with")
     try:
-        with binaries._locked(folder):
-            if not (folder / _DONE).is_file():
-                _unpack(folder)
-    except binaries.SlurmMissing as e:
+        debian_packages.unpack(folder, PACKAGES)
+    except PackagesMissing as e:
         raise HostsMissing(str(e)) from None
-
-
-def _unpack(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    apt = binaries._private_apt(folder / "apt")
-    root, debs = folder / "root", folder / "debs"
-    root.mkdir()
-    debs.mkdir()
-    binaries._run([*apt, "update"], check=False)
-    simulated = binaries._run([*apt, "--simulate", "--no-install-recommends", "install", *PACKAGES], check=False)
-    needed = {*PACKAGES, *re.findall(r"^Inst (\S+)", simulated.stdout, re.MULTILINE)}
-    try:
-        binaries._run([*apt, "download", *sorted(needed)], cwd=debs)
-    except subprocess.CalledProcessError as e:
-        raise HostsMissing(
-            f"{' and '.join(PACKAGES)} could not be downloaded ({binaries._last_line(e.stderr)}): is there a network? "
-            f"Or install them: apt-get install {' '.join(PACKAGES)}"
-        ) from None
-    for deb in sorted(debs.glob("*.deb")):
-        binaries._run(["dpkg", "-x", str(deb), str(root)])
-    shutil.rmtree(folder / "apt")
-    shutil.rmtree(debs)
-    (folder / _DONE).write_text("\n".join(sorted(needed)) + "\n", encoding="utf-8")
 
 
 def _address(name: str) -> str:

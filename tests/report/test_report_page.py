@@ -1,19 +1,20 @@
 """The report page: whole, self-contained, and inert whatever a model wrote."""
 
 import base64
+import gzip
 import hashlib
 import io
 import json
+import random
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up_run import add_evaluation, make_run, receipt_rows, write_rows
+from made_up_run import add_evaluation, add_generated, make_run, receipt_rows, write_rows
 
 from vlmdist.errors import UserError
-from vlmdist.report.page import MAX_PAGE_BYTES, write_report
+from vlmdist.report.page import write_report
 
 BLOCKS = {"dt", "dd", "td", "th", "li", "p", "h1", "h2", "h3", "div", "section", "article"}
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -28,6 +29,10 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
         self.scripts: list[str] = []
+        """Those that a browser would run."""
+        self.samples: list[list[dict]] = []
+        """Of each gallery."""
+        self.pictures: list[bytes] = []
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -48,9 +53,20 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self._open and self._open[-1] == "script":
-            self.scripts.append(data)
+            attributes = next(a for t, a in reversed(self.elements) if t == "script")
+            kind = attributes.get("type")
+            if kind == "application/gzip":
+                self.samples.append(json.loads(gzip.decompress(base64.b64decode(data))))
+            elif kind == "image/jpeg":
+                self.pictures.append(base64.b64decode(data))
+            else:
+                self.scripts.append(data)
         elif not (self._open and self._open[-1] == "style"):
             self.text += data
+
+    @property
+    def plots(self) -> list[dict[str, str]]:
+        return self.all("div", class_="plot")
 
     def all(self, tag: str, **attributes: str) -> list[dict[str, str]]:
         wanted = {k.replace("_", ""): v for k, v in attributes.items()}
@@ -87,32 +103,76 @@ def test_the_page_tells_the_whole_run(tmp_path):
     refuse_the_outside(page)
     text = " ".join(page.text.split())
     assert "tiny-vlm, trained with LoRA of rank 16 over nf4 weights on 626 samples of receipts/train" in text
+    assert "Last logged 2026-01-01 10:20 UTC, step 60" in text
     assert "Best validation loss 1 at step 40" in text
+    assert "Best validation score 66.0 at step 60" in text
     assert "Restarts 1" in text
     assert "Bad samples 1" in text  # the same one twice: before and after the restart
     assert "cut <b>off" in text
     assert "step-000060 1.5 MB" in text
     assert "2.8.0, then 2.9.0" in text
     assert "train.lr_scheduler_type cosine" in text
-    assert len(page.all("article", class_="card")) == 30
-    assert "(before training)" in text
-    titles = [re.sub(r" over steps.*", "", a["aria-label"]) for a in page.all("div", class_="plot")]
-    assert titles == ["Loss", "Loss", "Learning rate", "Gradient norm", "Throughput", "Waiting for data"]
+    assert "most often rank 1" in text
+    assert len(page.samples[0]) == 30
+    titles = list(dict.fromkeys(a["aria-label"].removesuffix("; arrow keys read values") for a in page.plots))
+    assert [t.removesuffix(" over steps") for t in titles] == [
+        "Loss",
+        "Validation scores",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "Waiting for data",
+        "Slowest rank",
+        "Memory",
+        "Where a step goes",
+    ]
 
 
-def test_the_figures_count_redone_steps_once_and_their_cost_twice(tmp_path):
+def test_scores_have_intervals_and_what_changed_beyond_chance(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    rows = receipt_rows(30)
+    add_evaluation(run, "base", [{**row, "prediction": "I see a receipt."} for row in rows])
+    add_evaluation(run, "step-000003", rows)
+    scores = json.loads((run / "eval" / "step-000003" / "scores.json").read_text())
+    page = report(run)
+    text = " ".join(page.text.split())
+    (low, high), score = scores["interval"], scores["score"]
+    assert f"{score:.1f} {low:.1f} to {high:.1f} +{score:.1f}" in text  # the base's is 0
+    assert "company 30 samples" in text
+    assert len(page.all("span", class_="up")) > 4
+    assert page.all("span", class_="unsure") == []
+
+
+def test_no_change_is_claimed_where_it_may_be_chance(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    rows = receipt_rows(30)
+    add_evaluation(run, "base", rows)
+    add_evaluation(
+        run, "step-000003", [{**row, "prediction": row["truth"]} if i == 0 else row for i, row in enumerate(rows)]
+    )
+    page = report(run)
+    assert "may be chance" in page.text
+    changes = page.all("span", class_="change")
+    assert changes
+    assert all("unsure" in a["class"] for a in changes)
+
+
+def test_redone_steps_cost_twice_and_count_once(tmp_path):
     text = " ".join(report(make_run(tmp_path / "run", steps=60)).text.split())
-    # 32 steps of 18 s before the restart on 4 ranks, 30 after it on 2
-    starts_at = 600  # seconds after the first; rows come every 20 s from 0 s on
-    hours = sum(18 * (4 if 20 * i < starts_at else 2) for i in range(62)) / 3600
-    assert f"GPU hours {hours:,.2g}" in text or f"GPU hours {hours:,.1f}" in text
+    # by the clock of the made-up run the second start, on 2 ranks, begins 600 s after the first, on 4
+    in_steps = sum(18 * (4 if 20 * i < 600 else 2) for i in range(62)) / 3600
+    first_s, second_s = 20 * 29, 61 * 20 + 2 - 600  # from each start to its last row
+    hours = (first_s * 4 + second_s * 2) / 3600
+    assert f"GPU hours {hours:.1g}" in text or f"GPU hours {hours:.2g}" in text
+    assert f"{in_steps:.2g} of it in steps" in text
+    assert f"in steps {in_steps:.2g}" in text
     assert "Steps 60 epoch 3 of 3" in text
     assert "Waiting for data 5.0 %" in text
 
 
 def test_the_later_row_of_a_redone_step_is_drawn(tmp_path):
     page = report(make_run(tmp_path / "run", steps=60))
-    reading = json.loads(page.all("div", class_="plot")[0]["data-reading"])
+    reading = json.loads(page.plots[0]["data-reading"])
     training, validation = reading["series"]
     assert [x for x, _ in training["points"]] == list(range(1, 61))
     at_31 = dict(training["points"])[31]
@@ -142,14 +202,17 @@ def test_hostile_output_is_inert(tmp_path, metric):
     page = report(run)
     refuse_the_outside(page)
     raw = (run / "report.html").read_text(encoding="utf-8")
-    assert len(page.all("script")) == 1
+    assert len(page.all("script")) == 2, "the samples, as data, and the page's own"
     assert len(page.all("img")) == 0
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", raw)
-    assert "1337" not in page.text  # 7 * 191: not taken for a template
-    assert "{{ 7 * 191 }}" in page.text
-    assert "alert(1)" in page.text  # shown, not dropped
-    assert "⟨U+0000⟩b⟨U+001B⟩[31m⟨U+000D⟩c⟨U+202E⟩gnp.exe" in page.text
-    assert "1,000,000 characters in all" in page.text
+    assert "alert(1)" not in raw, "nothing of a model's is there as it is"
+    samples = {sample["id"]: sample for sample in page.samples[0]}
+    assert samples["template"]["answer"] == "{{ 7 * 191 }}{% raw %}"
+    assert samples["script"]["answer"] == HOSTILE  # shown, not dropped
+    assert samples["controls"]["answer"].startswith("a⟨U+0000⟩b⟨U+001B⟩[31m⟨U+000D⟩c⟨U+202E⟩gnp.exe")
+    assert samples["surrogate"]["answer"] == "⟨U+D800⟩ half"
+    assert samples["long"]["lengths"] == {"answer": 1_000_000, "past": 1_000_000}
+    assert samples["failed"]["kinds"] == ["failed"]
     assert len(raw) < 500_000
 
 
@@ -166,33 +229,59 @@ def test_field_names_from_model_output_stay_bounded(tmp_path):
     assert (run / "report.html").stat().st_size < 3_000_000
 
 
-def test_two_thousand_samples_are_quick_and_small(tmp_path):
+def test_every_sample_is_there_worst_first(tmp_path):
     run = make_run(tmp_path / "run")
     rows = receipt_rows(2000)
     add_evaluation(run, "base", [{**row, "prediction": "{}"} for row in rows])
     add_evaluation(run, "step-000060", rows)
-    started = time.perf_counter()
     page = report(run)
-    assert time.perf_counter() - started < 20  # about 2 s on a free core
     assert (run / "report.html").stat().st_size < 1_500_000
-    scores = [json.loads(a["data-scores"])["score"] for a in page.all("article", class_="card")]
-    assert len(scores) == 200
-    assert scores == sorted(scores), "worst first"
-    assert scores[-1] == 100, "good ones too, for a fair picture"
-    assert "200 of 2,000 samples" in page.text
+    assert {s["id"] for s in page.samples[0]} == {row["id"] for row in rows}
+    scores = [s["score"] for s in page.samples[0]]
+    assert scores == sorted(scores)
+    assert "All 2,000 samples" in page.text
 
 
-def test_a_page_that_grows_too_large_shows_fewer_samples(tmp_path, monkeypatch):
+def test_what_would_not_fit_is_cut_and_told(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", steps=3)
-    rows = [{"id": str(i), "truth": "&a" * 1000, "prediction": "&'" * 1000} for i in range(300)]
+    noise = random.Random(0)
+    rows = [{"id": str(i), "truth": "a", "prediction": "".join(noise.choices("ab cd", k=3000))} for i in range(300)]
     add_evaluation(run, "base", rows, "fuzzy_text")
     add_evaluation(run, "step-000003", rows, "fuzzy_text")
-    whole = write_report([run])
-    assert 1_000_000 < whole.stat().st_size < MAX_PAGE_BYTES
-    assert whole.read_text().count("<article") == 200
-    monkeypatch.setattr("vlmdist.report.page.MAX_PAGE_BYTES", whole.stat().st_size // 2 + 100_000)
-    smaller = write_report([run])
-    assert smaller.read_text().count("<article") == 100
+    assert report(run).samples[0][0].keys() & {"lengths"} == set()
+    monkeypatch.setattr("vlmdist.report.gallery.MAX_PACKED_BYTES", 300_000)
+    page = report(run)
+    assert len(page.samples[0]) == 300
+    assert page.samples[0][0]["lengths"] == {"answer": 3000, "past": 3000}
+    monkeypatch.setattr("vlmdist.report.gallery.ATTEMPTS", ((300, 4000), (100, 250)))
+    page = report(run)
+    assert len(page.samples[0]) == 100
+    assert "100 of 300 samples: the worst half, and a fair share of the rest" in page.text
+
+
+def test_without_an_evaluation_the_answers_while_training_are_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [{"id": f"line-{i}", "truth": "milk##milk##-", "prediction": "milk"} for i in range(4)]
+    add_generated(run, 20, rows)
+    add_generated(run, 60, [{**row, "prediction": row["truth"]} for row in rows])
+    settings = (run / "run.yaml").read_text().replace("metric: fuzzy", "metric: fuzzy_fields")
+    (run / "run.yaml").write_text(settings)
+    page = report(run)
+    refuse_the_outside(page)
+    assert "No evaluation is finished" in page.text
+    assert "Answers of step-000060-validation" in page.text
+    assert [s["past"] for s in page.samples[0]] == ["milk"] * 4
+    assert [s["kinds"] for s in page.samples[0]] == [["right"]] * 4
+
+
+def test_ten_evaluations_and_long_names(tmp_path):
+    run = make_run(tmp_path / ("a-very-long-name-of-a-run-" * 9))
+    for i in range(10):
+        add_evaluation(run, f"step-{i:06d}-{'x' * 200}", receipt_rows(6))
+    page = report(run)
+    refuse_the_outside(page)
+    assert len(page.all("th", scope="col")) >= 11
+    assert "x" * 81 not in page.text
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -205,7 +294,7 @@ def test_several_runs_are_compared(tmp_path):
     assert "train.learning_rate 0.0002 0.001" in text
     assert "adapt.lora.r" not in text[: text.index("How they did")], "only what differs"
     assert "Score of step-000060 (fuzzy)" in text
-    first = json.loads(page.all("div", class_="plot")[0]["data-reading"])
+    first = json.loads(page.plots[0]["data-reading"])
     assert [s["label"] for s in first["series"]] == ["a/run", "b/run"]
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -240,10 +329,10 @@ def test_cut_and_broken_files_still_give_a_page(tmp_path):
     assert "metrics.jsonl: 1 lines are no JSON objects" in page.text
     assert "environment.json: can't be read" in page.text
     assert "eval/unfinished: is not finished" in page.text
-    assert len(page.all("article", class_="card")) == 4
+    assert len(page.samples[0]) == 4
 
 
-def test_images_and_questions_come_from_the_test_shards(tmp_path):
+def test_images_and_questions_come_from_the_test_shards(tmp_path, monkeypatch):
     from PIL import Image
 
     from vlmdist.data.shards.writer import ShardWriter
@@ -260,16 +349,21 @@ def test_images_and_questions_come_from_the_test_shards(tmp_path):
     add_evaluation(run, "step-000060", rows)
     page = report(run)
     refuse_the_outside(page)
-    images = page.all("img")
-    assert len(images) == 6
-    jpeg = base64.b64decode(images[0]["src"].removeprefix("data:image/jpeg;base64,"))
-    assert max(Image.open(io.BytesIO(jpeg)).size) == 560
+    assert len(page.pictures) == 6
+    assert [Image.open(io.BytesIO(p)).size for p in page.pictures] == [(800, 600)] * 6
+    assert [s["pictures"] for s in page.samples[0]] == [1] * 6
     assert "Asked each time: Read <this> receipt." in page.text
+
+    monkeypatch.setattr("vlmdist.report.page.MAX_PAGE_BYTES", 1_800_000)
+    page = report(run)
+    assert 0 < len(page.pictures) < 6
+    assert f"{6 - len(page.pictures)} have none" in page.text
+    assert (run / "report.html").stat().st_size < 1_800_000
 
     for shard in (tmp_path / "test").glob("*.tar"):
         shard.unlink()
     page = report(run)
-    assert page.all("img") == []
+    assert page.pictures == []
     assert "Questions and images are not shown" in page.text
 
 

@@ -1,26 +1,23 @@
 """Where Slurm's programs are: installed, or unpacked from the distribution's own packages into a folder of the project.
 
-Unpacking needs no root and changes nothing on the system: apt works on private lists and a private cache, ``dpkg -x``
-writes files only. Works on Debian and Ubuntu; elsewhere Slurm must be installed.
+Unpacking: see debian_packages.py. Where there is no Debian or Ubuntu, Slurm must be installed.
 """
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from debian_packages import Apt, missing_libraries, not_installed, run, unpack
+
+# raised where there is no Slurm and none can be unpacked; the text says why and what to do
+from debian_packages import PackagesMissing as SlurmMissing
+
 PROGRAMS = ("slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-_DONE = "unpacked"
-
-
-class SlurmMissing(Exception):
-    """There is no Slurm and none can be unpacked; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,8 @@ class SlurmBinaries:
 
 
 def find_slurm(folder: Path) -> SlurmBinaries:
-    """An installed Slurm, else one unpacked into ``folder`` (made there on the first call)."""
-    installed = _installed()
-    if installed is not None:
-        return installed
-    if not shutil.which("apt-get") or not shutil.which("dpkg"):
-        raise SlurmMissing(
-            "no Slurm here, and no apt to unpack it with: install Slurm (slurmctld, slurmd, srun, sbatch)"
-        )
-    with _locked(folder):
-        if not (folder / _DONE).is_file():
-            _unpack(folder)
-    return _unpacked(folder)
+    """An installed Slurm, else one unpacked into ``folder`` (made there on the first call). Raises SlurmMissing."""
+    return _installed() or _unpacked(unpack(folder, PACKAGES, _packages_needed, _finish))
 
 
 def _installed() -> SlurmBinaries | None:
@@ -69,21 +56,19 @@ def _installed() -> SlurmBinaries | None:
 # --- unpacking --------------------------------------------------------------------------------------------------------
 
 
-def _packages_needed(apt: Sequence[str]) -> list[str]:
-    """PACKAGES, every package of Slurm's they depend on, and what of their other dependencies is not installed."""
+def _packages_needed(apt: Apt, packages: Sequence[str]) -> list[str]:
+    """The packages, every one of Slurm's they depend on, and what of their other dependencies is not installed."""
     cache = ["apt-cache", *apt[2:]]
-    simulated = _run([*apt, "--simulate", "--no-install-recommends", "install", *PACKAGES], check=False)
-    wanted = set(re.findall(r"^Inst (\S+)", simulated.stdout, re.MULTILINE))
-    depends = _run(
+    depends = run(
         [*cache, "depends", "--recurse", "--no-suggests", "--no-recommends", "--no-conflicts", "--no-breaks"]
-        + ["--no-replaces", "--no-enhances", *PACKAGES],
+        + ["--no-replaces", "--no-enhances", *packages],
         check=False,
     )
     names = set(re.findall(r"^(\w\S*)$", depends.stdout, re.MULTILINE))
     # a part of Slurm that is installed would be left out by the simulation, but plugins must lie in one folder
     slurm = {n for n in names if n.startswith(("slurm", "libslurm", "libmunge", "libhwloc")) and ":" not in n}
-    virtual = {n for n in slurm if "Package: " not in _run([*cache, "show", n], check=False).stdout}
-    return sorted({*PACKAGES, *wanted, *(slurm - virtual)})
+    virtual = {n for n in slurm if "Package: " not in run([*cache, "show", n], check=False).stdout}
+    return sorted({*not_installed(apt, packages), *(slurm - virtual)})
 
 
 def _finish(root: Path) -> None:
@@ -91,7 +76,7 @@ def _finish(root: Path) -> None:
     programs = [root / "usr/sbin" / name for name in ("slurmctld", "slurmd", "slurmstepd")] + [root / "usr/bin/srun"]
     missing = missing_libraries(programs, _library_path(root)["LD_LIBRARY_PATH"])
     if missing:
-        raise PackagesMissing(f"the unpacked Slurm lacks {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
+        raise SlurmMissing(f"the unpacked Slurm lacks {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}")
 
 
 def _link_plain_names(root: Path) -> None:
@@ -103,13 +88,12 @@ def _link_plain_names(root: Path) -> None:
             plain.symlink_to(program.name)
 
 
-def _unpacked(folder: Path) -> SlurmBinaries:
-    root = folder / "root"
+def _unpacked(root: Path) -> SlurmBinaries:
     programs = {}
     for name in PROGRAMS:
         found = [p for p in (root / "usr/sbin" / name, root / "usr/bin" / name) if p.exists()]
         if not found:
-            raise SlurmMissing(f"the unpacked Slurm in {folder} has no {name}: remove that folder and try again")
+            raise SlurmMissing(f"the unpacked Slurm in {root.parent} has no {name}: remove that folder and try again")
         programs[name] = found[0]
     return SlurmBinaries(programs, _plugin_dir(root), _library_path(root))
 

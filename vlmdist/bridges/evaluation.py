@@ -1,15 +1,15 @@
 """A finished evaluation with what was asked: what the formats of other toolkits are made from."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdist.config import RunConfig, load_run
+from vlmdist.config import load_run
 from vlmdist.data.questions import open_questions
 from vlmdist.data.remote.cache import RemoteAccess
 from vlmdist.errors import BadSample, UserError
+from vlmdist.evaluate.evaluated_corpus import find_evaluated_corpus
 from vlmdist.evaluate.parts import EvaluationFolder
 from vlmdist.evaluate.readable import Readable
 from vlmdist.evaluate.scores import Row, read_predictions
@@ -50,7 +50,7 @@ def read_evaluation(folder: Path, shards: str | None) -> Evaluation:
             f"{folder}: is not finished ({len(rows)} of {wanted.get('num_samples')} answers); run vlmdist evaluate "
             "again"
         )
-    corpus = _find_corpus(folder, wanted.get("fingerprint"), shards)
+    corpus = _find_corpus(folder, str(wanted.get("fingerprint")), shards)
     questions = [_question(corpus, i) for i in range(len(rows))]
     return Evaluation(folder, corpus.name, scores, identity, rows, questions)
 
@@ -74,7 +74,7 @@ def _are_of_one_evaluation(identity: dict[str, Any], scores: dict[str, Any], row
     return has_sections and has_figures and all(isinstance(row.get("score"), float | int) for row in rows)
 
 
-def _find_corpus(folder: Path, fingerprint: str | None, shards: str | None) -> Readable:
+def _find_corpus(folder: Path, fingerprint: str, shards: str | None) -> Readable:
     run = RunFolder(folder.absolute().parent.parent)
     config = load_run(run.run_file) if run.run_file.is_file() else None
     if shards is not None:
@@ -84,26 +84,14 @@ def _find_corpus(folder: Path, fingerprint: str | None, shards: str | None) -> R
         return corpus
     if config is None:
         raise UserError(f"{folder}: {run.path} has no run.yaml that names the corpus; give it by --shards SHARDS")
-    tried = []
-    for source in _sources(config):
-        try:
-            corpus = open_questions(source, RemoteAccess.for_run(config.data))
-        except UserError as e:
-            tried.append(str(e))
-            continue
-        if corpus.fingerprint == fingerprint:
-            return corpus
-        tried.append(f"{corpus.name}: is another corpus")
+    sources = [source for source in (config.data.test, config.data.validation) if source is not None]
+    found, tried = find_evaluated_corpus(sources, fingerprint, RemoteAccess.for_run(config.data))
+    if found is not None:
+        return found
     raise UserError(
         f"{folder}: the corpus it was evaluated on is not among those of {run.run_file} "
         f"({'; '.join(tried) or 'none is named'}); give it by --shards SHARDS"
     )
-
-
-def _sources(config: RunConfig) -> Iterator[str]:
-    for source in (config.data.test, config.data.validation):
-        if source is not None:
-            yield source
 
 
 def _question(corpus: Readable, number: int) -> str:

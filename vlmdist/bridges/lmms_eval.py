@@ -115,10 +115,12 @@ class Vlmdist(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Always UserError: not offered."""
         with _told(self._rank):
             raise UserError(f"task {_task_of(requests)}: asks in several rounds, which --model vlmdist doesn't offer")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Always UserError: not offered."""
         with _told(self._rank):
             raise UserError(
                 f"task {_task_of(requests)}: compares likelihoods of given answers (output_type loglikelihood or "

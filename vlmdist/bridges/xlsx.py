@@ -19,7 +19,10 @@ _MADE = datetime.datetime(2000, 1, 1)  # the same in every file, so that bytes c
 
 
 def write_workbook(header: Sequence[str], rows: Sequence[Sequence[str | int | None]], comment: bytes) -> bytes:
-    """The file as bytes; None leaves a cell empty. comment: of the zip archive, to know the file again."""
+    """The file as bytes; None leaves a cell empty. UserError without XlsxWriter.
+
+    comment: of the zip archive, to know the file again.
+    """
     try:
         import xlsxwriter
     except ImportError:

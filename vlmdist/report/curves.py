@@ -9,12 +9,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 NUM_COLOURS = 8
 _MAX_POINTS_DRAWN = 1200
 _MAX_POINTS_READ = 400
+_MAX_STACKED = 120
 _MAX_MARKS_NAMED = 4
 _TEXT, _GRID, _MARK = "#010101", "#020202", "#030303"
 _VARIABLES = {_TEXT: "var(--soft)", _GRID: "var(--line)", _MARK: "var(--mark)"}
@@ -57,16 +59,20 @@ def draw_curve(
     marks: Sequence[tuple[int, int]] = (),
     shapes: Sequence[str] = ("small",),
     salt: str = "",
+    stacked: bool = False,
 ) -> Curve | None:
     """Draw one curve; None where no series has a finite value.
 
     marks: (step, ranks) of restarts. shapes: of "small", "wide". salt: keeps the ids of equal curves on a page apart.
+    stacked: areas on top of each other, of series that have the same steps.
     """
     drawn = [s for s in series if any(map(math.isfinite, s.values))]
     if not drawn:
         return None
+    if stacked:
+        drawn = [_averaged(s) for s in drawn]
     sizes = {"small": (4.6, 2.3), "wide": (10.4, 3.1)}
-    plots = {shape: _draw(drawn, marks, sizes[shape], f"{salt}-{title}-{shape}") for shape in shapes}
+    plots = {shape: _draw(drawn, marks, sizes[shape], f"{salt}-{title}-{shape}", stacked) for shape in shapes}
     return Curve(title, unit, drawn, plots)
 
 
@@ -105,7 +111,18 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[li
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def _draw(series: Sequence[Series], marks: Sequence[tuple[int, int]], size: tuple[float, float], name: str) -> Plot:
+def _averaged(s: Series) -> Series:
+    """Of at most _MAX_STACKED stretches the last step and the mean; NaN counts as 0."""
+    num = len(s.steps)
+    ends = [k * num // min(num, _MAX_STACKED) for k in range(min(num, _MAX_STACKED) + 1)]
+    values = [v if math.isfinite(v) else 0.0 for v in s.values]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
+    return replace(s, steps=[s.steps[b - 1] for b in ends[1:]], values=means)
+
+
+def _draw(
+    series: Sequence[Series], marks: Sequence[tuple[int, int]], size: tuple[float, float], name: str, stacked: bool
+) -> Plot:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -115,9 +132,12 @@ def _draw(series: Sequence[Series], marks: Sequence[tuple[int, int]], size: tupl
         figure = Figure(figsize=size, layout="constrained")
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for s in series:
-            _draw_series(axes, s)
-        _dress(axes, series)
+        if stacked:
+            axes.stackplot(series[0].steps, *(s.values for s in series), colors=[_colour(s.colour) for s in series])
+        else:
+            for s in series:
+                _draw_series(axes, s)
+        _dress(axes, series, stacked)
         _draw_marks(axes, marks, named=name.endswith("wide"))
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -144,11 +164,11 @@ def _draw_series(axes: Any, s: Series) -> None:
     axes.plot(xs, ys, color=colour, linewidth=1.7, solid_joinstyle="round")
 
 
-def _dress(axes: Any, series: Sequence[Series]) -> None:
+def _dress(axes: Any, series: Sequence[Series], stacked: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     finite = sorted(v for s in series for v in s.values if math.isfinite(v))
-    if finite[0] > 0 and finite[-1] > 100 * finite[len(finite) // 2]:
+    if not stacked and finite[0] > 0 and finite[-1] > 100 * finite[len(finite) // 2]:
         axes.set_yscale("log")  # a spike would flatten all the rest
     else:
         axes.yaxis.set_major_formatter(_tick)

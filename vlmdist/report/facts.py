@@ -13,7 +13,7 @@ import yaml
 
 from vlmdist.config import load_run
 from vlmdist.errors import UserError
-from vlmdist.evaluate.scores import PREDICTIONS_FILE, SCORES_FILE
+from vlmdist.evaluate.parts import EvaluationFolder
 from vlmdist.run_folder import MANIFEST, RunFolder
 
 Row = dict[str, Any]
@@ -22,13 +22,15 @@ MAX_BAD_SAMPLES_SHOWN = 200
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: eval/NAME with its scores."""
+    """A finished evaluation, eval/NAME with its scores, or the answers that were given while training."""
 
     name: str
-    folder: Path
+    predictions_file: Path
     scores: dict[str, Any]
     identity: dict[str, Any]
     """evaluation.json; {} where it is missing."""
+    timing: dict[str, Any]
+    """timing.json; {} where it is missing."""
     written_s: float
 
     @property
@@ -43,10 +45,6 @@ class Evaluation:
         corpus = self.identity.get("corpus")
         return corpus.get("fingerprint") if isinstance(corpus, dict) else None
 
-    @property
-    def predictions_file(self) -> Path:
-        return self.folder / PREDICTIONS_FILE
-
     def answers_the_same_as(self, other: "Evaluation") -> bool:
         """Scores of both can be compared: same metric, corpus and number of samples, as far as is known."""
         same = all(self.scores.get(k) == other.scores.get(k) for k in ("metric", "num_samples"))
@@ -60,6 +58,7 @@ class Checkpoint:
     num_files: int
     num_bytes: int
     is_latest: bool
+    is_best: bool
     has_manifest: bool
 
 
@@ -75,8 +74,11 @@ class RunFacts:
     train_rows: list[Row]
     """Rows of metrics.jsonl with a loss, every one, also of steps that were done again after a restart."""
     validation_rows: list[Row]
+    """Those with validation_loss, validation_score, or both."""
     evaluations: list[Evaluation]
     """Base before trained, then by time."""
+    generated: list[Evaluation]
+    """Answers while training, a step each."""
     checkpoints: list[Checkpoint]
     bad_samples: list[Row]
     """The first MAX_BAD_SAMPLES_SHOWN."""
@@ -111,14 +113,16 @@ def read_run(run: RunFolder) -> RunFacts:
     notes: list[str] = []
     rows = [row for row in _rows(run.metrics_file, notes) if math.isfinite(number(row.get("step")))]
     bad, num_bad = _bad_samples(run.bad_samples_file, notes)
+    settings = _settings(run, notes)
     return RunFacts(
         run=run,
-        settings=_settings(run, notes),
+        settings=settings,
         starts=_starts(run.environment_file, notes),
         start_rows=list(_rows(run.steps_file, notes, containing=b'"start"')),
         train_rows=[row for row in rows if "loss" in row],
-        validation_rows=[row for row in rows if "validation_loss" in row],
+        validation_rows=[row for row in rows if row.keys() & {"validation_loss", "validation_score"}],
         evaluations=_evaluations(run.eval_dir, notes),
+        generated=_generated(run, settings),
         checkpoints=_checkpoints(run),
         bad_samples=bad,
         num_bad_samples=num_bad,
@@ -220,28 +224,48 @@ def _bad_samples(file: Path, notes: list[str]) -> tuple[list[Row], int]:
 def _evaluations(eval_dir: Path, notes: list[str]) -> list[Evaluation]:
     found = []
     for folder in sorted(p for p in eval_dir.iterdir() if p.is_dir()) if eval_dir.is_dir() else []:
-        file = folder / SCORES_FILE
-        scores = _read_json(file)
-        if not isinstance(scores, dict):
-            notes.append(f"eval/{folder.name}: {'scores.json is broken' if file.exists() else 'is not finished'}")
+        files = EvaluationFolder(folder)
+        scores = _read_object(files.scores_file)
+        if not scores:
+            state = "scores.json is broken" if files.scores_file.exists() else "is not finished"
+            notes.append(f"eval/{folder.name}: {state}")
             continue
-        identity = _read_json(folder / "evaluation.json")
-        identity = identity if isinstance(identity, dict) else {}
-        found.append(Evaluation(folder.name, folder, scores, identity, file.stat().st_mtime))
+        identity, timing = _read_object(files.identity_file), _read_object(files.timing_file)
+        written_s = files.scores_file.stat().st_mtime
+        found.append(Evaluation(folder.name, files.predictions_file, scores, identity, timing, written_s))
     return sorted(found, key=lambda e: (not e.is_base, e.written_s, e.name))
 
 
+def _generated(run: RunFolder, settings: Row) -> list[Evaluation]:
+    section = settings.get("evaluate")
+    metric = section.get("metric") if isinstance(section, dict) else None
+    files = sorted(run.generated_file(0).parent.glob("step-*.jsonl"))
+    # the evaluator's name for answers to the validation corpus
+    return [Evaluation(f"{f.stem}-validation", f, {"metric": metric}, {}, {}, f.stat().st_mtime) for f in files]
+
+
 def _checkpoints(run: RunFolder) -> list[Checkpoint]:
-    try:
-        latest = run.latest_file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        latest = ""
+    latest, best = _name_in(run.latest_file), _name_in(run.best_file)
     found = []
     for folder in run.checkpoints():
         sizes = [p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
         is_whole = (folder / MANIFEST).is_file()
-        found.append(Checkpoint(folder.name, len(sizes), sum(sizes), folder.name == latest, is_whole))
+        found.append(
+            Checkpoint(folder.name, len(sizes), sum(sizes), folder.name == latest, folder.name == best, is_whole)
+        )
     return found
+
+
+def _name_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _read_object(file: Path) -> Row:
+    found = _read_json(file)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_json(file: Path) -> Any:

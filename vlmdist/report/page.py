@@ -6,25 +6,26 @@ the one script that may run is the page's own, named by its hash.
 
 import base64
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmdist import __version__
 from vlmdist.errors import UserError
 from vlmdist.report import tables
-from vlmdist.report.curves import Curve, Series, draw_curve, smoothed
-from vlmdist.report.facts import Row, RunFacts, number, read_run
-from vlmdist.report.gallery import Gallery, make_gallery
+from vlmdist.report.cost import Cost, cost_of
+from vlmdist.report.curves import Curve
+from vlmdist.report.facts import RunFacts, read_run
+from vlmdist.report.gallery import Gallery, add_samples, make_gallery
+from vlmdist.report.run_curves import compared_curves, loss_curve, other_curves
+from vlmdist.report.scores import ScoreTable, score_table
 from vlmdist.report.shown_text import shorten, visible
 from vlmdist.run_folder import RunFolder, replace_file_text
 
 MAX_PAGE_BYTES = 30_000_000
-_ATTEMPTS = ((200, 18_000_000), (200, 4_000_000), (100, 0), (20, 0))
-"""(samples in the gallery, bytes of images), each tried until the page is small enough."""
+_BYTES_BESIDE_GALLERIES = 1_000_000
+"""Of curves and tables, for each run: well over what they take."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class RunView:
     anchor: str
     name: str
     facts: RunFacts
+    cost: Cost
+    scores: ScoreTable | None
     loss: Curve | None
     curves: list[Curve]
     gallery: Gallery | None
@@ -71,21 +74,19 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def render_page(runs: Sequence[RunFacts]) -> str:
     """The whole page as text, below MAX_PAGE_BYTES."""
     names = _names(runs)
-    curves = [(_loss_curve(facts, f"run-{i}"), _other_curves(facts, f"run-{i}")) for i, facts in enumerate(runs)]
-    page = ""
-    for num_samples, num_image_bytes in _ATTEMPTS:
-        views = [
-            RunView(f"run-{i}", names[i], facts, *curves[i], _gallery(facts, num_samples, num_image_bytes, len(runs)))
-            for i, facts in enumerate(runs)
-        ]
-        page = _fill_template(views)
-        if len(page.encode("utf-8", "replace")) < MAX_PAGE_BYTES:
-            break
-    return page
+    views = [_view(facts, f"run-{i}", name, len(runs)) for i, (facts, name) in enumerate(zip(runs, names, strict=True))]
+    galleries = [(view.gallery, view.facts) for view in views if view.gallery is not None]
+    taken = len(runs) * _BYTES_BESIDE_GALLERIES + sum(gallery.num_bytes for gallery, _ in galleries)
+    for gallery, facts in galleries:
+        add_samples(gallery, facts, max(0, MAX_PAGE_BYTES - taken) // len(galleries))
+    return _fill_template(views)
 
 
-def _gallery(facts: RunFacts, num_samples: int, num_image_bytes: int, num_runs: int) -> Gallery | None:
-    return make_gallery(facts, max(10, num_samples // num_runs), num_image_bytes // num_runs)
+def _view(facts: RunFacts, anchor: str, name: str, num_runs: int) -> RunView:
+    scores = score_table(facts.evaluations) if facts.evaluations else None
+    curves = other_curves(facts, anchor)
+    gallery = make_gallery(facts, num_runs)
+    return RunView(anchor, name, facts, cost_of(facts), scores, loss_curve(facts, anchor), curves, gallery)
 
 
 def _open_runs(run_dirs: Sequence[Path]) -> tuple[list[RunFolder], list[str]]:
@@ -119,44 +120,6 @@ def _names(runs: Sequence[RunFacts]) -> list[str]:
     return [shorten(name, 80) for name in full]
 
 
-def _series(rows: Sequence[Row], key: str, label: str, **look: Any) -> Series:
-    return Series(label, [number(r["step"]) for r in rows], [number(r.get(key)) for r in rows], **look)
-
-
-def _loss_curve(facts: RunFacts, anchor: str) -> Curve | None:
-    train, validation = facts.latest_rows(facts.train_rows), facts.latest_rows(facts.validation_rows)
-    series = [
-        _series(train, "loss", "training loss", smooth=True),
-        _series(validation, "validation_loss", "validation loss", colour=1, dots=True),
-    ]
-    shapes = ("wide", "small")
-    return draw_curve("Loss", "nats per token in the loss", series, facts.restart_marks(), shapes, anchor)
-
-
-def _other_curves(facts: RunFacts, anchor: str) -> list[Curve]:
-    rows = facts.latest_rows(facts.train_rows)
-    steps = [number(r["step"]) for r in rows]
-    waits = [100 * number(r.get("data_wait_seconds")) / (number(r.get("step_seconds")) or math.nan) for r in rows]
-    wanted = [
-        ("Learning rate", "", _series(rows, "learning_rate", "learning rate", colour=2)),
-        ("Gradient norm", "before clipping", _series(rows, "grad_norm", "gradient norm", colour=3, smooth=True)),
-        ("Throughput", "tokens per second", _series(rows, "tokens_per_second", "tokens/s", colour=4, smooth=True)),
-        ("Waiting for data", "% of the step", Series("data wait, %", steps, waits, colour=5, smooth=True)),
-    ]
-    drawn = [draw_curve(title, unit, [s], facts.restart_marks(), salt=anchor) for title, unit, s in wanted]
-    return [curve for curve in drawn if curve is not None]
-
-
-def _compared_loss(views: Sequence[RunView]) -> Curve | None:
-    """The smoothed training loss of all runs in one plot."""
-    series = []
-    for i, view in enumerate(views):
-        rows = view.facts.latest_rows(view.facts.train_rows)
-        one = _series(rows, "loss", view.name, colour=i)
-        series.append(Series(view.name, one.steps, smoothed(one.values, max(1, len(rows) / 25)), colour=i))
-    return draw_curve("Training loss", "smoothed, nats per token", series, shapes=("wide", "small"))
-
-
 def _fill_template(views: Sequence[RunView]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -167,7 +130,7 @@ def _fill_template(views: Sequence[RunView]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": tables.count, "size": tables.size, "visible": visible}
+    environment.filters |= {"count": tables.count, "size": tables.size, "visible": visible, "shorten": shorten}
     script = environment.get_template("script.html").render()
     is_several = len(views) > 1
     return environment.get_template("page.html").render(
@@ -176,7 +139,7 @@ def _fill_template(views: Sequence[RunView]) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         is_several=is_several,
-        compared_loss=_compared_loss(views) if is_several else None,
+        compared=compared_curves([v.facts for v in views], [v.name for v in views]) if is_several else [],
         differing=tables.differing_settings([v.facts for v in views]) if is_several else [],
         version=__version__,
     )

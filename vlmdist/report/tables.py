@@ -4,12 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from vlmdist.report.facts import Evaluation, Row, RunFacts, number, seconds_of, whole
+from vlmdist.report.cost import Cost, cost_of
+from vlmdist.report.facts import Row, RunFacts, is_number, number, whole
 from vlmdist.report.shown_text import shorten
-
-_MAX_FIELDS = 60  # a metric may take field names from the model's answers: there is no other bound
 
 
 @dataclass(frozen=True)
@@ -19,42 +19,23 @@ class Figure:
     hint: str = ""
 
 
-@dataclass(frozen=True)
-class ScoreCell:
-    value: float | None
-    change: float | None = None
-    """Against the base, where both answered the same samples."""
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    name: str
-    cells: list[ScoreCell]
-    is_head: bool = False
-    is_percent: bool = True
-
-
-def key_figures(facts: RunFacts) -> list[Figure]:
+def key_figures(facts: RunFacts, cost: Cost) -> list[Figure]:
     """What one wants to know first."""
     found = [_best_score(facts)] if facts.evaluations else []
     train, validation = facts.latest_rows(facts.train_rows), facts.latest_rows(facts.validation_rows)
-    finite = [row for row in validation if math.isfinite(number(row["validation_loss"]))]
     if train:
         last = train[-1]
         epochs = facts.setting("train.num_train_epochs")
-        share = f"epoch {number(last.get('epoch')):.3g}" + (
-            f" of {epochs:g}" if isinstance(epochs, int | float) else ""
-        )
+        share = f"epoch {number(last.get('epoch')):.3g}" + (f" of {epochs:g}" if is_number(epochs) else "")
         found.append(Figure("Steps", count(last["step"]), share))
         found.append(Figure("Final loss", f"{number(last['loss']):.4g}", f"from {number(train[0]['loss']):.4g}"))
-    if finite:
-        best = min(finite, key=lambda row: number(row["validation_loss"]))
-        found.append(Figure("Best validation loss", f"{best['validation_loss']:.4g}", f"at step {best['step']:g}"))
-    found += _speed(facts) if train else []
+    found += _best_of(validation, "validation_loss", "Best validation loss", ".4g", lowest=True)
+    found += _best_of(validation, "validation_score", "Best validation score", ".1f", lowest=False)
+    found += _spent(facts, cost)
     restarts = len(facts.restart_marks())
-    found.append(Figure("Restarts", str(restarts), "from a checkpoint each" if restarts else ""))
+    found.append(Figure("Restarts", str(restarts), "each from a checkpoint" if restarts else "ran through"))
     found.append(
-        Figure("Bad samples", count(facts.num_bad_samples), "left out and named below" if facts.num_bad_samples else "")
+        Figure("Bad samples", count(facts.num_bad_samples), "left out, named below" if facts.num_bad_samples else "")
     )
     return found
 
@@ -62,90 +43,73 @@ def key_figures(facts: RunFacts) -> list[Figure]:
 def _best_score(facts: RunFacts) -> Figure:
     trained = [e for e in facts.evaluations if not e.is_base]
     newest = (trained or facts.evaluations)[-1]
-    score = number(newest.scores.get("score"))
-    hint = f"{newest.scores.get('metric', '')}, {newest.name}"
+    metric = newest.scores.get("metric", "")
+    hint = f"{metric}, {newest.name}"
     for base in facts.evaluations:
         if base.is_base and base is not newest and base.answers_the_same_as(newest):
-            hint = f"{newest.scores.get('metric', '')}; {number(base.scores.get('score')):.1f} before training"
-    return Figure("Score", f"{score:.1f}", shorten(hint, 80))
+            hint = f"{metric}; {number(base.scores.get('score')):.1f} before training"
+    return Figure("Score", f"{number(newest.scores.get('score')):.1f}", shorten(hint, 80))
 
 
-def _speed(facts: RunFacts) -> list[Figure]:
-    """Tokens, tokens per second and device hours: sums over all steps that were run, also those done again."""
-    seconds = rank_seconds = waited = tokens = 0.0
-    before = 0
-    starts = [(seconds_of(s.get("time")), whole(s.get("world_size"))) for s in facts.starts]
-    for row in facts.train_rows:
-        step = whole(row["step"])
-        num_steps = step - before if step > before else 1
-        before = step
-        took = _or_zero(row.get("step_seconds")) * num_steps
-        ranks = [size for time, size in starts if time <= number(row.get("time"))] or [size for _, size in starts[:1]]
-        seconds += took
-        rank_seconds += took * (ranks[-1] if ranks else 1)
-        waited += _or_zero(row.get("data_wait_seconds")) * num_steps
-        tokens += _or_zero(row.get("tokens"))
+def _best_of(rows: Sequence[Row], name: str, label: str, form: str, lowest: bool) -> list[Figure]:
+    finite = [row for row in rows if math.isfinite(number(row.get(name)))]
+    if not finite:
+        return []
+    best = (min if lowest else max)(finite, key=lambda row: number(row[name]))
+    return [Figure(label, f"{best[name]:{form}}", f"at step {count(best['step'])}")]
+
+
+def _spent(facts: RunFacts, cost: Cost) -> list[Figure]:
+    seconds = sum(s.step_seconds for s in cost.starts)
     if not seconds:
         return []
-    on_cpu = any("CPU" in str(s.get("devices")) for s in facts.starts)
+    tokens, waited = sum(s.tokens for s in cost.starts), sum(s.wait_seconds for s in cost.starts)
+    seen = facts.latest_rows(facts.train_rows)[-1].get("tokens_so_far", tokens)
+    in_steps = f"{hours(cost.step_rank_seconds)} of it in steps; evaluations not counted"
     return [
-        Figure(
-            "Tokens", count(facts.train_rows[-1].get("tokens_so_far", tokens)), f"{count(tokens / seconds)} per second"
-        ),
+        Figure("Tokens seen", count(seen), f"{count(tokens / seconds)} per second"),
         Figure("Waiting for data", f"{100 * waited / seconds:.1f} %", "of the time of all steps"),
-        Figure(
-            "Rank hours" if on_cpu else "GPU hours", _hours(rank_seconds), f"in steps; {duration(seconds)} by the clock"
-        ),
+        Figure(cost.unit, hours(cost.rank_seconds), in_steps),
     ]
 
 
+def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
+    """(what, hours of all ranks, share of the training, by the clock)."""
+    total = cost.rank_seconds or math.nan
+    steps = sum(s.step_seconds for s in cost.starts)
+    waits = sum(s.wait_seconds * s.num_ranks for s in cost.starts)
+    validation = sum(s.validation_seconds for s in cost.starts)
+    rest = cost.rank_seconds - cost.step_rank_seconds - cost.validation_rank_seconds
+    parts = [
+        ("training, all starts", cost.rank_seconds, duration(sum(s.seconds for s in cost.starts))),
+        ("in steps", cost.step_rank_seconds, duration(steps)),
+        ("of these waiting for data", waits, duration(sum(s.wait_seconds for s in cost.starts))),
+        ("in validation", cost.validation_rank_seconds, duration(validation)),
+        ("loading, saving, between steps", rest, ""),
+    ]
+    rows = [(name, hours(s), f"{100 * s / total:.1f} %" if math.isfinite(total) else "–", by) for name, s, by in parts]
+    if cost.evaluation_rank_seconds:
+        rows.append(("evaluations", hours(cost.evaluation_rank_seconds), "", ""))
+    return rows
+
+
 def figures_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """The key figures of all runs, then every evaluation's score, a row each."""
-    columns = [{f.label: f.value for f in key_figures(facts) if f.label != "Score"} for facts in runs]
-    for column, facts in zip(columns, runs, strict=True):
-        for e in facts.evaluations:
-            label = f"Score of {shorten(e.name, 60)} ({shorten(e.scores.get('metric', '?'), 40)})"
-            column[label] = f"{number(e.scores.get('score')):.2f}"
+    """Every evaluation's score, then the key figures of all runs, a row each."""
+    columns: list[dict[str, str]] = []
+    for facts in runs:
+        scores = {
+            f"Score of {shorten(e.name, 60)} ({shorten(e.scores.get('metric', '?'), 40)})": _score_text(e.scores)
+            for e in facts.evaluations
+        }
+        columns.append(scores | {f.label: f.value for f in key_figures(facts, cost_of(facts)) if f.label != "Score"})
     labels = dict.fromkeys(label for column in columns for label in column)
     return [(label, [column.get(label, "–") for column in columns]) for label in labels]
 
 
-def score_table(evaluations: Sequence[Evaluation]) -> list[ScoreRow]:
-    """Rows: the score, further figures, the number of samples, then a row a field; a cell an evaluation."""
-    columns = [e.scores for e in evaluations]
-    rows = [ScoreRow("Score", _cells(evaluations, lambda s: s.get("score")), is_head=True)]
-    for name in _names(columns, "figures"):
-        is_percent = "absolute_error" not in name
-        cells = _cells(evaluations, lambda s, n=name: _at(s, "figures", n), with_change=is_percent)
-        rows.append(ScoreRow(shorten(name.replace("_", " "), 60), cells, is_percent=is_percent))
-    for name in _names(columns, "by_field"):
-        rows.append(ScoreRow(shorten(name, 60), _cells(evaluations, lambda s, n=name: _at(s, "by_field", n, "score"))))
-    return rows
-
-
-def num_fields(evaluations: Sequence[Evaluation]) -> int:
-    return len({n for e in evaluations for n in (_part(e.scores, "by_field"))})
-
-
-def _cells(evaluations: Sequence[Evaluation], value_of: Any, with_change: bool = True) -> list[ScoreCell]:
-    bases = [e for e in evaluations if e.is_base]
-    cells = []
-    for e in evaluations:
-        value = number(value_of(e.scores))
-        change = math.nan
-        if with_change and not e.is_base:
-            comparable = [b for b in bases if b.answers_the_same_as(e)]
-            change = value - number(value_of(comparable[-1].scores)) if comparable else math.nan
-        cells.append(ScoreCell(_or_none(value), _or_none(change)))
-    return cells
-
-
-def _names(columns: Sequence[Row], part: str) -> list[str]:
-    """Names in the order of the first evaluation that has them, the most frequent ones where there are too many."""
-    names = list(dict.fromkeys(str(name) for scores in columns for name in _part(scores, part)))
-    if len(names) > _MAX_FIELDS:
-        names.sort(key=lambda n: -sum(_or_zero(_at(s, part, n, "num")) for s in columns))
-    return names[:_MAX_FIELDS]
+def _score_text(scores: Row) -> str:
+    interval = scores.get("interval")
+    ends = f" [{number(interval[0]):.1f}, {number(interval[1]):.1f}]" if isinstance(interval, list) else ""
+    return f"{number(scores.get('score')):.2f}{ends}"
 
 
 def settings_of(facts: RunFacts) -> dict[str, str]:
@@ -182,11 +146,23 @@ def summary(facts: RunFacts) -> str:
     return shorten(f"{model}, trained {how} on {on}", 400)
 
 
-def starts_table(facts: RunFacts) -> list[dict[str, str]]:
-    """A row a start: time, ranks, devices, host, the step it began from."""
-    same = len(facts.starts) == len(facts.start_rows)
+def last_logged(facts: RunFacts) -> str:
+    """Time and step of the newest row of metrics.jsonl; empty without one."""
+    rows = [row for row in facts.train_rows if math.isfinite(number(row.get("time")))]
+    if not rows:
+        return ""
+    newest = max(rows, key=lambda row: number(row["time"]))
+    try:
+        time = datetime.fromtimestamp(newest["time"], UTC)
+    except (ValueError, OverflowError, OSError):
+        return ""
+    return f"{time:%Y-%m-%d %H:%M} UTC, step {count(newest['step'])}"
+
+
+def starts_table(facts: RunFacts, cost: Cost) -> list[dict[str, str]]:
+    """A row a start: time, ranks, devices, host, its steps, its time."""
     table = []
-    for i, start in enumerate(facts.starts):
+    for start, took in zip(facts.starts, cost.starts, strict=True):
         devices = start.get("devices")
         counted = Counter(map(str, devices if isinstance(devices, list) else [devices]))
         table.append(
@@ -196,7 +172,9 @@ def starts_table(facts: RunFacts) -> list[dict[str, str]]:
                 "devices": shorten(", ".join(f"{n} × {d}" if n > 1 else d for d, n in counted.items()), 120),
                 "host": shorten(start.get("host", "?"), 60),
                 "job": shorten(start.get("SLURM_JOB_ID", ""), 40),
-                "step": count(facts.start_rows[i].get("resume_step")) if same else "?",
+                "steps": "?" if took.from_step is None else f"{count(took.from_step)} to {count(took.to_step)}",
+                "took": duration(took.seconds),
+                "hours": hours(took.rank_seconds),
             }
         )
     return table
@@ -241,9 +219,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
+def hours(seconds: float) -> str:
+    """Seconds as hours: 12.3, or 0.021."""
+    found = seconds / 3600
+    return f"{found:,.1f}" if found >= 1 else f"{found:.2g}"
 
 
 def _flat(node: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -266,28 +245,3 @@ def _last_parts(path: Any) -> str:
     """The last folder of a path with the one above where that says more (sroie/train)."""
     parts = [p for p in str(path).split("/") if p not in ("", ".")]
     return "/".join(parts[-2:]) if parts else "?"
-
-
-def _dicts(value: Any) -> list[Row]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def _part(scores: Row, name: str) -> Row:
-    part = scores.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def _at(scores: Row, *names: str) -> Any:
-    node: Any = scores
-    for name in names:
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
-
-
-def _or_zero(value: Any) -> float:
-    found = number(value)
-    return found if math.isfinite(found) else 0.0
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
