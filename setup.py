@@ -36,6 +36,7 @@ setup(
         "psutil>=5.9",  # host memory in metrics
         "pydantic>=2.7",  # typed run files
         "pyyaml>=6.0",
+        "rich>=13.7",  # the screen of a run
         "simplejpeg>=1.8",  # fastest JPEG decoder measured, pixels equal Pillow's
         "tqdm>=4.66",
     ],
@@ -54,6 +55,12 @@ setup(
         # evaluate.engine: vllm. 0.31 to 0.33 pin a transformers below ours, so pip takes 0.30, which lacks the LLaVA
         # families with ours; 0.32 has them: install it first, then transformers
         "vllm": ["vllm>=0.30"],
+        # train.report_to
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.16"],
+        # the page of `vlmdist predict --serve`. Gradio 6.31 wants a Pillow below 13, so pip takes 12 with it; with 13,
+        # which launch/constraints.txt has, it runs too: tests/predict/requirements.txt
+        "serve": ["gradio>=6.31"],
         # coverage-guided fuzzing: tests/fuzz/
         "fuzz": ["atheris>=2.3"],
         "test": [

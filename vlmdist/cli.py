@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vlmdist import __version__
 from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
@@ -22,11 +22,6 @@ from vlmdist.processes import kill_children
 
 if TYPE_CHECKING:
     from vlmdist.train.signals import StopSignal
-
-_LATER = {
-    "predict": "answer one text or image at the prompt",
-}
-
 
 _SLURM_OPTIONS = ("partition", "account", "constraint", "qos", "time")
 
@@ -164,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train; resumes by itself from the newest whole checkpoint", overrides=True)
     sub.add_argument("run_file", metavar="RUN.yaml")
 
+    sub = command("watch", _watch, "how far a run is, and whether it lives: from its folder alone, on any machine")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, or a folder of run folders")
+    sub.add_argument("--once", action="store_true", help="print it once")
+    as_json(sub)
+
     sub = command("bench", _bench, "measure a run file's training steps; or put results side by side", overrides=True)
     sub.add_argument("measured", nargs="+", metavar="RUN.yaml | RESULT.json ...", help="what to measure, or results")
     sub.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps measured (default: 20)")
@@ -207,6 +207,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shards", help="the corpus that was evaluated (default: the one in the run's run.yaml)")
     as_json(sub)
 
+    sub = command("predict", _predict, "one answer at the prompt, or with --serve a page to ask on", overrides=True)
+    sub.add_argument(
+        "model",
+        metavar="MODEL_OR_RUN",
+        help="a run folder or file, a checkpoint, an adapter folder, a model folder, or a name on the hub",
+    )
+    sub.add_argument("--text", metavar="T", help="the question; -: standard input (default: the one all samples ask)")
+    sub.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be given again")
+    sub.add_argument("--checkpoint", metavar="best|latest|DIR", help="of a run (default: its newest whole one)")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the run's)")
+    sub.add_argument("--serve", action="store_true", help="a page in the browser (pip install 'vlmdist[serve]')")
+    sub.add_argument("--host", default="127.0.0.1", help="of the page: who may reach it (default: this machine alone)")
+    sub.add_argument("--port", type=int, default=7860, metavar="N", help="of the page; 0: any (default: 7860)")
+    as_json(sub)
+    sub.epilog = (
+        "section.field=value arguments override the run file; for a model they set the same (model.quantization=nf4). "
+        "A page on a compute node NODE is reached by ssh -L 7860:127.0.0.1:7860 -J LOGIN_NODE NODE, then "
+        "http://127.0.0.1:7860 at home; where nodes take no ssh, by --host 0.0.0.0 and ssh -L 7860:NODE:7860 LOGIN_NODE"
+    )
+
     sub = command("audit", _audit, "prove from the run's own log that every sample was taken exactly once")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     as_json(sub)
@@ -227,9 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     as_json(sub)
 
     command("config-schema", _config_schema, "the JSON schema of run files, for editors")
-    for name, text in _LATER.items():
-        later = command(name, _not_yet, text, overrides=True)
-        later.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
@@ -340,6 +357,16 @@ def _stoppable(said_at_once: str) -> "Iterator[StopSignal]":
         raise StopRequested(said_at_once) from None
 
 
+def _watch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    try:
+        from vlmdist.live.watch import watch_runs
+
+        watch_runs(arguments.runs, once=arguments.once, json_output=arguments.json)
+    except KeyboardInterrupt:  # how one leaves it
+        print()
+    return 0
+
+
 def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if all(name.endswith(".json") for name in arguments.measured):
         _compare_benches(arguments)
@@ -428,6 +455,42 @@ def _predictions(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps(facts) if arguments.json else format_conversion(facts))
 
 
+def _predict(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _set_up_libraries()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a model may say anything
+    from vlmdist.predict.run import predict
+
+    if arguments.serve:
+        _serve(arguments, overrides)
+        return
+    facts = predict(
+        arguments.model,
+        arguments.text,
+        arguments.image,
+        checkpoint=arguments.checkpoint,
+        overrides=overrides,
+        max_new_tokens=arguments.max_new_tokens,
+        as_json=arguments.json,
+    )
+    if arguments.json:
+        print(json.dumps(facts))
+
+
+def _serve(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from vlmdist.predict.serve import serve
+
+    if arguments.image or arguments.text is not None or arguments.json:
+        raise UserError("--serve: text and images are given on the page, without --text, --image and --json")
+    serve(
+        arguments.model,
+        checkpoint=arguments.checkpoint,
+        overrides=overrides,
+        max_new_tokens=arguments.max_new_tokens,
+        host=arguments.host,
+        port=arguments.port,
+    )
+
+
 def _audit(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmdist.audit import audit_run, format_audit
 
@@ -461,12 +524,6 @@ def _config_schema(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from vlmdist.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
-
-
-def _not_yet(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    name: Any = arguments.command
-    print(f"error: vlmdist {name} is not there yet. It will {_LATER[name]}.", file=sys.stderr)
-    return 2
 
 
 def _set_up_libraries() -> None:
