@@ -171,6 +171,9 @@ class TrainConfig(_Section):
     """DeepSpeed JSON: a path, or the name of one in dsconfigs/. "auto" in it is filled from this run file."""
     logging_steps: int = Field(1, ge=1)
     """Steps between rows of metrics.jsonl and TensorBoard."""
+    report_to: list[Literal["wandb", "mlflow"]] = []
+    """Services that get the rows of metrics.jsonl and the run file too: wandb (Weights & Biases), mlflow. Where and as
+    whom is said by their own environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...)."""
     eval_steps: int | None = Field(None, ge=1)
     """Steps between validation losses (also at the end); null: only at the end, where there is a validation corpus."""
     max_eval_samples: int | None = Field(None, ge=1)

@@ -22,6 +22,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
+    """This rank among all. device: where its tensors live."""
+
     rank: int
     size: int
     local_rank: int
@@ -56,7 +58,10 @@ def rank_from_environment() -> int:
 
 
 def init_world(threads_per_rank: int) -> World:
-    """Join the process group (NCCL with one GPU a rank, else gloo on CPU) and fix this rank's threads (all ranks)."""
+    """Join the process group (NCCL with one GPU a rank, else gloo on CPU) and fix this rank's threads (all ranks).
+
+    UserError without a rendezvous; RunFailed where the ranks don't find each other.
+    """
     import torch
     import torch.distributed as dist
 
@@ -92,7 +97,7 @@ def init_world(threads_per_rank: int) -> World:
 
 
 def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
-    """Sum of a host tensor over all ranks, in place; the same on every rank afterwards (all ranks)."""
+    """Sum of a host tensor of any shape over all ranks, in place; the same on every rank afterwards (all ranks)."""
     import torch.distributed as dist
 
     if _several_ranks():
@@ -106,7 +111,7 @@ def gather_tensors(values: "torch.Tensor") -> "list[torch.Tensor]":
 
 
 def begin_to_gather_tensors(values: "torch.Tensor") -> "Callable[[], list[torch.Tensor]]":
-    """``gather_tensors`` while this rank goes on (all ranks); what is returned waits for the result."""
+    """``gather_tensors`` while this rank goes on (all ranks, one shape); what is returned waits for the result."""
     import torch
     import torch.distributed as dist
 

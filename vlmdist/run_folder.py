@@ -3,10 +3,12 @@
 run.yaml              the effective run file
 environment.json      versions, devices, world size of every start
 train.log             what the run said
+status.json           of the newest start: starting, training, ended, stopped or failed, and why (``vlmdist watch``)
 metrics.jsonl         loss, learning rate, throughput, where the time goes; one row every logging_steps steps
 steps.jsonl           the sample numbers of every step (what ``vlmdist audit`` reads)
 bad_samples.jsonl     samples left out: shard, key, why
 tensorboard/
+trackers.json         the run's ids at the services of train.report_to, under which a resume goes on
 checkpoints/step-000100/   whole checkpoints, each with manifest.json; ``latest`` names the newest
 vision_features/NAME/ of a corpus, for later epochs (train.cache_vision_features); may be removed between starts
 generated/step-000100.jsonl   answers to train.generate_samples after that step, as in predictions.jsonl; all are kept
@@ -68,6 +70,14 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def trackers_file(self) -> Path:
+        return self.path / "trackers.json"
 
     @property
     def steps_file(self) -> Path:

@@ -54,6 +54,7 @@ class Sample:
 
     @property
     def truth(self) -> str:
+        """What the evaluator compares with: ``answer``, else the last turn of the assistant, else nothing."""
         if self.answer is not None:
             return self.answer
         last = self.messages[-1]

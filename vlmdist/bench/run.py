@@ -50,8 +50,8 @@ def bench_run(
 
     synthetic: the loader's first micro-batches again and again, so that no sample is read, decoded or tokenized in a
     measured step. random_weights: the model from its configuration alone. profile: a trace of the last three steps by
-    torch's profiler, beside the result. name: folder under OUTPUT_DIR/bench (default: ranks-NNNN). Raises what training
-    raises.
+    torch's profiler, beside the result. name: folder under OUTPUT_DIR/bench (default: ranks-NNNN). UserError for
+    numbers or a name that can't be, RunFailed where training ended early; else raises what training raises.
     """
     if num_steps < 1 or num_warmup_steps < 0:
         raise UserError(f"--steps {num_steps}, --warmup {num_warmup_steps}: at least 1 step, and no negative warm-up")

@@ -33,6 +33,10 @@ def folder_problems(config: RunConfig) -> list[str]:
 
 
 def space_problems(config: RunConfig, num_trained: int, weight_size: int) -> list[str]:
+    """Whether the checkpoints that lie side by side fit where they go; a sentence where they don't.
+
+    num_trained: numbers that train. weight_size: bytes of one.
+    """
     one, count = checkpoint_bytes(num_trained, config, weight_size), most_checkpoints(config)
     there = nearest_there(Path(config.output_dir))
     free = shutil.disk_usage(there).free + _held_already(Path(config.output_dir))

@@ -85,6 +85,7 @@ class Collective:
     of_gradients: bool
 
     def seconds(self, link: Link, world_size: int) -> float:
+        """All calls of it over ``world_size`` ranks in a ring: bytes over the slowest link, and a latency a hop."""
         passes = 2 if self.name == "all_reduce" else 1
         share = (world_size - 1) / world_size
         hops = self.calls * (world_size - 1)
@@ -214,6 +215,10 @@ class Estimate:
 
 
 def estimate(work: StepWork, fast: Machine, slow: Machine, world_size: int, num_steps: int) -> Estimate:
+    """Time of ``num_steps`` optimizer steps between the best and the worst that a machine of this kind is known for.
+
+    The parts of a step are means of their shares in both, of the geometric mean of both.
+    """
     at_best, at_worst = (step_seconds(work, machine, world_size) for machine in (fast, slow))
     step_s = sum(at_best.values()), sum(at_worst.values())
     middle = math.sqrt(step_s[0] * step_s[1])

@@ -87,6 +87,7 @@ class Nodes:
 
     @property
     def text(self) -> str:
+        """As a line of the report names them: ``4 nodes of 8 x A100 80 GB (nvlink, 8 x hdr)``."""
         nodes = f"{self.num_nodes} nodes of " if self.num_nodes > 1 else ""
         adapters = f"{self.network[0]} x {self.network[1]}" if self.network else None
         links = ", ".join(filter(None, (self.link, adapters)))

@@ -60,6 +60,7 @@ class RunWork:
         self._data_s = sum(t.cpu_s for t in later) / len(later)
 
     def on(self, world_size: int, samples_per_step: int) -> StepWork:
+        """Steps of samples drawn as the mixture has them, cut and dealt out to the ranks as training does it."""
         rng = np.random.default_rng(self._config.seed)
         num_steps = max(_STEPS, -(-_DRAWN // samples_per_step))
         steps = [rng.choice(len(self._shapes), samples_per_step, p=self._odds) for _ in range(num_steps)]

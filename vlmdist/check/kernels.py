@@ -32,6 +32,7 @@ class Installed:
 
     @classmethod
     def here(cls) -> "Installed":
+        """The packages of the environment that runs this."""
         # torch.cuda.get_arch_list() is empty where there is no GPU
         flags = torch._C._cuda_getArchFlags() if hasattr(torch._C, "_cuda_getArchFlags") else None
         return cls(
@@ -61,6 +62,7 @@ def attention_kernel(config: RunConfig, gpu: Gpu | None, installed: Installed) -
 
 
 def cpu_problems(config: RunConfig) -> list[str]:
+    """A sentence for each setting of the run file that a CPU can't do."""
     problems = precision_problems(config.model, torch.device("cpu"))
     if config.train.optim != "adamw":
         problems.append(f"train.optim: {config.train.optim} is bitsandbytes' and needs a GPU; on CPU use adamw")
@@ -93,6 +95,7 @@ def gpu_problems(config: RunConfig, gpu: Gpu, installed: Installed) -> list[str]
 
 
 def wheel_problems(gpu: Gpu, installed: Installed) -> list[str]:
+    """A sentence where torch's build has no kernels for that GPU, with the command that installs one that has."""
     if installed.cuda is None:
         return [
             f"torch {installed.torch} is a build for CPUs, it will not see the {gpu.name}; in the environment that the "

@@ -58,6 +58,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: RunConfig, ds_config: dict[str, Any], rows: int, world_size: int) -> "Settings":
+        """What of the run file and the DeepSpeed JSON decides memory. rows: samples in the largest micro-batch."""
         stage = zero_stage(ds_config)
         zero = ds_config.get("zero_optimization", {})
         overlaps = zero.get("overlap_comm", stage == 3)
@@ -159,6 +160,7 @@ class Estimator:
         self._counts: dict[str, tuple[int, int, int]] = {}
 
     def table(self, s: Settings) -> Table:
+        """Bytes on one GPU at the highest point of a step with these settings, in parts."""
         activations = self._activations(s)
         frozen_and_full, adapters, trained = self._counts[s.quantization]
         size = self._dtype.itemsize

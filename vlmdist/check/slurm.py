@@ -58,6 +58,7 @@ class Request:
 
     @property
     def tasks_per_node(self) -> int | None:
+        """Ranks a node; None where the request doesn't say."""
         o = self.options
         if "ntasks-per-node" in o:
             return _number(o["ntasks-per-node"], 1)
@@ -69,6 +70,7 @@ class Request:
 
     @property
     def memory_bytes_per_node(self) -> int | None:
+        """Host memory a node, from --mem or --mem-per-cpu; None where the request names neither."""
         if "mem" in self.options:
             return _memory_bytes(self.options["mem"])
         per_cpu = _memory_bytes(self.options.get("mem-per-cpu", ""))

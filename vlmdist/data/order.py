@@ -53,7 +53,7 @@ def mixture_epoch(
     floor(epoch*w*n) up to floor((epoch+1)*w*n) of its own endless order (its own epochs one after the other), so each
     of its samples is taken exactly once per pass, also when passes and epochs don't coincide. Sample j of the m that a
     corpus contributes lies at (j + 1/2) / m of the epoch; equal places are taken by corpus number. One corpus of
-    weight 1 is ``epoch_order``.
+    weight 1 is ``epoch_order``. UserError where an epoch would have no sample.
     """
     parts = [
         _endless_order(n, seed, corpus, start, stop, block_size)

@@ -114,7 +114,10 @@ TEMPLATES = {
 
 
 def find_template(name: str | None) -> str | None:
-    """The Jinja text for prompt.template: a known name, a file ending in .jinja, or None for the model's own."""
+    """The Jinja text for prompt.template: a known name, a file ending in .jinja, or None for the model's own.
+
+    UserError where there is no such template.
+    """
     if name is None:
         return None
     if name in TEMPLATES:

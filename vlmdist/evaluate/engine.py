@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
+    """What generates: transformers, or vLLM."""
+
     def encode(self, sample: Sample) -> Any:
         """The question as ``generate`` takes it. BadSample or ValueError where the sample can't be asked."""
 
@@ -45,6 +47,7 @@ class TransformersEngine:
         return self.prompter.encode_question(sample)
 
     def generate(self, questions: "Sequence[Encoded]") -> list[str]:
+        """One batch, padded on the left to the longest question. Raises what transformers raises."""
         from vlmdist.evaluate.generate import generate_batch
 
         return generate_batch(

@@ -75,6 +75,7 @@ def clusters_of(corpus: Readable, num_samples: int) -> set[str]:
 
 
 def show(examples: Sequence[Sample], instruction: str | None) -> Shown:
+    """Worked examples as the turns before the question: each asked, then answered by its truth."""
     messages: list[Message] = []
     images: list[bytes] = []
     for sample in examples:

@@ -30,6 +30,7 @@ class Figure:
     denominators: list[int] = field(default_factory=list)
 
     def add(self, sample: int, numerator: float, denominator: int = 1) -> None:
+        """One sample's part of the figure; a mean is a ratio of denominator 1."""
         self.samples.append(sample)
         self.numerators.append(numerator)
         self.denominators.append(denominator)

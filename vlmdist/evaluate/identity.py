@@ -14,7 +14,7 @@ from vlmdist.run_folder import ADAPTER_WEIGHTS, MANIFEST
 
 
 def choose_corpus(config: RunConfig, split: str) -> str:
-    """Folder or URL of the shards to evaluate on."""
+    """Folder or URL of the shards to evaluate on. UserError where the run file names none."""
     if split not in ("test", "validation"):
         raise UserError(f"split: {split!r} is not one of test, validation")
     folder = config.data.test if split == "test" else config.data.validation

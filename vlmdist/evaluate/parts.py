@@ -69,7 +69,10 @@ class EvaluationFolder:
         return f"{self.path}: held another evaluation ({_differences(found, identity)}); it is replaced"
 
     def keep_others_out(self) -> TextIO:
-        """Lock the folder against a second evaluation until the returned handle is closed (rank 0). Raises OSError."""
+        """Lock the folder against a second evaluation until the returned handle is closed (rank 0).
+
+        UserError where another one holds it; raises OSError.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             return keep_others_out(self.path / ".lock")
@@ -119,6 +122,7 @@ class EvaluationFolder:
             replace_file_text(self.parts_dir / f"failed-{token}-{rank}", why)
 
     def raise_if_a_rank_failed(self, token: str) -> None:
+        """RunFailed with the words of the rank that failed in this start."""
         for mark in sorted(self.parts_dir.glob(f"failed-{token}-*")):
             raise RunFailed(f"rank {mark.name.rsplit('-', 1)[1]} failed: {mark.read_text(encoding='utf-8')}")
 

@@ -45,7 +45,9 @@ class Ranks:
         return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def decide(self, decision: Callable[[], T]) -> T:
-        """Rank 0 decides, all get its answer (all ranks). Where rank 0 fails, all end with its message."""
+        """Rank 0 decides, all get its answer (all ranks). Where rank 0 fails, all end with its message,
+        as UserError or RunFailed.
+        """
         from accelerate.utils import broadcast_object_list
 
         if self.size == 1:

@@ -32,6 +32,7 @@ Row = dict[str, Any]
 
 
 def metric_by_name(name: str) -> Metric:
+    """UserError names all metrics where there is none of that name."""
     if name not in METRICS:
         raise UserError(f"no metric is called {name!r}; there are: {', '.join(METRICS)}")
     return METRICS[name]

@@ -36,7 +36,8 @@ def choose_subject(
 ) -> tuple[Subject, list[str]]:
     """What to evaluate and what the user should know about the choice.
 
-    checkpoint: "best", "latest", a checkpoint folder or an adapter folder; None: the run's newest whole checkpoint.
+    checkpoint: "best", "latest", a checkpoint folder or an adapter folder; None: the run's newest whole
+    checkpoint. UserError where there is none, or where it was made with another adapt section.
     """
     if base and checkpoint is not None:
         raise UserError("give either --base or --checkpoint, not both")

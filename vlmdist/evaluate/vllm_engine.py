@@ -92,6 +92,7 @@ class VllmEngine:
             return cls(prompter, _Server(options, sampling_options(config, prompter), device))
 
     def encode(self, sample: Sample) -> Question:
+        """The prompt as vLLM takes it (text, one token an image) and as it must see it. Raises BadSample."""
         encoded = self.prompter.encode_question(sample)
         order = [part.index for m in sample.question for part in m.content if isinstance(part, ImagePart)]
         if not order:
@@ -101,6 +102,7 @@ class VllmEngine:
         return Question(encoded.input_ids, prompt_ids, tuple(sample.images[i] for i in order))
 
     def generate(self, questions: Sequence[Question]) -> list[str]:
+        """The answers of one batch. UserError where vLLM made other tokens of a prompt than the run's processor."""
         answers = self._server.answer(questions)
         for question, (seen, _) in zip(questions, answers, strict=True):
             if seen != question.input_ids:

@@ -70,6 +70,7 @@ def export_run(
 
 
 def format_export(facts: dict[str, Any]) -> str:
+    """For people: what was written, file by file, and where it was uploaded."""
     lines = [f"{facts['out']}: {facts['kind']} of {facts['base']}, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"]
     lines += [f"  {name}" for name in facts["files"]]
     if facts["commit_url"]:

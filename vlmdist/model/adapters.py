@@ -27,7 +27,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def adapt(model: nn.Module, config: AdaptConfig, family: Family) -> nn.Module:
-    """Freeze every part, add LoRA where asked, free what trains in full. Returns the model to train."""
+    """Freeze every part, add LoRA where asked, free what trains in full. Returns the model to train.
+
+    UserError where nothing is left to train, or where a layer that is to be adapted isn't there.
+    """
     _refuse_parts_that_are_not_there(model, config, family)
     # peft freezes everything, renames nothing below its own prefix: names of parameters keep their part
     lora_layers = _layers_for_lora(model, config, family)
@@ -77,7 +80,7 @@ def trains_vision(config: AdaptConfig, family: Family) -> bool:
 
 
 def num_elements(parameter: torch.Tensor) -> int:
-    """Numbers in a parameter; a 4-bit weight is stored as packed bytes, its own count is given by its quant_state."""
+    """Numbers in a parameter of any shape; of a 4-bit weight, which is stored as packed bytes, by its quant_state."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 

@@ -41,6 +41,8 @@ class MoondreamProjector(nn.Module):
 
 
 class MoondreamModel(LlavaModel):
+    """Moondream2 of 2024-04-02: SigLIP tower, two-layer projector, Phi decoder."""
+
     config_class = MoondreamConfig
 
     def __init__(self, config: MoondreamConfig):

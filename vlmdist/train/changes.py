@@ -93,6 +93,7 @@ HARMLESS = (
     "data.num_workers",
     "data.max_bad_fraction",
     "train.logging_steps",
+    "train.report_to",
     "train.eval_steps",
     "train.generate_steps",
     "train.save_steps",

@@ -46,7 +46,7 @@ def load_ds_config(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
 
 
 def find_ds_config(name: str) -> Path:
-    """A path, or the name of a JSON in dsconfigs/."""
+    """A path, or the name of a JSON in dsconfigs/. UserError where it is neither."""
     shipped = _SHIPPED / f"{name}.json"
     for candidate in (Path(name), shipped):
         if candidate.is_file():

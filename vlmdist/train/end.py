@@ -7,6 +7,7 @@ from pathlib import Path
 from vlmdist.config import RunConfig
 from vlmdist.distributed import World
 from vlmdist.errors import OtherRankFailed, RunFailed, StopRequested, UserError
+from vlmdist.live.status import StatusFile
 from vlmdist.model.memory import told_when_out_of_memory
 from vlmdist.run_folder import RunFolder
 from vlmdist.train.metrics import write_to_log
@@ -21,19 +22,26 @@ _A_WORKER_IS_GONE = (
 )
 
 
-def start_watch(heartbeat: Heartbeat, world: World, config: RunConfig) -> Watch:
+def start_watch(heartbeat: Heartbeat, world: World, config: RunConfig, status: StatusFile) -> Watch:
     """Begin to watch over the ranks (all ranks). RunFailed where one has gone meanwhile."""
+
+    def say(text: str) -> None:
+        write_to_log(text)
+        status.failed(text)
+
     limits = Limits(floor_s=config.train.hang_floor_s, start_s=config.train.start_limit_s)
     folder = RunFolder(Path(config.output_dir)).hangs_dir
     try:
-        return Watch.start(heartbeat, world.rank, world.size, folder, limits, say=write_to_log)
+        return Watch.start(heartbeat, world.rank, world.size, folder, limits, say=say)
     except RuntimeError as e:  # gloo's, of a connection that broke
         raise RunFailed(f"another rank ended while the ranks were joining ({str(e).splitlines()[0]})") from None
 
 
 @contextlib.contextmanager
 def ending_together(watch: Watch) -> Iterator[None]:
-    """Run the block under the watch. OtherRankFailed in place of an error that another rank has told or has caused."""
+    """Run the block under the watch. OtherRankFailed in place of an error that another rank has told or has
+    caused; RunFailed in place of a loader worker's death.
+    """
     try:
         yield
     except StopRequested:

@@ -28,6 +28,7 @@ from vlmdist.train.generate import generation_problems
 from vlmdist.train.init_from import InitSource, find_init_source
 from vlmdist.train.metrics import log
 from vlmdist.train.state import TrainState
+from vlmdist.train.trackers import tracker_problems
 
 _HELD_LOCKS: list[TextIO] = []  # for as long as this process lives
 
@@ -59,7 +60,10 @@ class OpenedInputs:
 
 
 def open_run_folder(config: RunConfig, world: World) -> RunFolder:
-    """Make the run folder (rank 0) and be sure that it can be written (all ranks)."""
+    """Make the run folder (rank 0) and be sure that it can be written (all ranks).
+
+    UserError where it can't, or where another run is writing it.
+    """
     run = RunFolder(Path(config.output_dir))
     problem = None
     if world.is_main:
@@ -134,6 +138,7 @@ def open_inputs(config: RunConfig, world_size: int, dtype: torch.dtype) -> tuple
     except UserError as e:
         problems += e.problems
     problems += feature_problems(config, ds_config)
+    problems += tracker_problems(config.train.report_to)
     problems += [f"data.train: {c.name} holds no sample" for c in corpora if len(c) == 0]
     thrashing = refuse_thrashing(corpora, config.data.shuffle_block_size)
     problems += [thrashing] if thrashing else []

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,13 @@ from vlmdist.config import RunConfig
 from vlmdist.data.stream import Step
 from vlmdist.distributed import gather_objects, init_world, shutdown, sum_over_ranks
 from vlmdist.errors import StopRequested
+from vlmdist.live.status import StatusFile
 from vlmdist.train.account import account_bad_samples, count_nonfinite
 from vlmdist.train.clock import Phase, PhaseClock, StepTimes, peak_memory_bytes, phase_figures
 from vlmdist.train.end import ending_together, free_of_memory_errors, start_watch
 from vlmdist.train.exchange import Exchanged, StopAgreed, agree_to_go_on, log_step, next_step
 from vlmdist.train.feed import Feed
+from vlmdist.train.hyperparameters import hyperparameters, public_run_file
 from vlmdist.train.inputs import check_inputs, open_run_folder
 from vlmdist.train.loss import token_loss_sum
 from vlmdist.train.measure import Measurement
@@ -36,6 +39,7 @@ from vlmdist.train.progress import Progress
 from vlmdist.train.signals import StopSignal
 from vlmdist.train.spikes import SpikeDetector
 from vlmdist.train.start import Training, prepare
+from vlmdist.train.trackers import Trackers
 from vlmdist.train.validate import validation_loss
 from vlmdist.train.watch.heartbeat import Heartbeat
 from vlmdist.train.watch.process import flight_recorder_environment
@@ -53,11 +57,13 @@ def train(config: RunConfig, stop: StopSignal, measurement: Measurement | None =
     for name, value in flight_recorder_environment().items():
         os.environ.setdefault(name, value)
     world = init_world(config.threads_per_rank)
-    watch = start_watch(heartbeat, world, config)
+    status = StatusFile(world.size, world.is_main)
+    watch = start_watch(heartbeat, world, config, status)
     stop.before_leaving = partial(watch.failed, "asked to stop while starting", StopRequested.exit_code)
-    with ending_together(watch):
+    with status.until_the_end(), ending_together(watch):
         heartbeat.enter("checking the inputs")
         run = open_run_folder(config, world)
+        status.begin(run)
         start_logging(run, world.is_main)
         inputs = check_inputs(config, world, run)
         if inputs.state.step >= inputs.total_steps and not inputs.state.validation_due:
@@ -67,7 +73,10 @@ def train(config: RunConfig, stop: StopSignal, measurement: Measurement | None =
             if measurement is not None:
                 measurement.begin(training)
             stop.started()
-            _Loop(training, stop, measurement).run()
+            loop = _Loop(training, stop, measurement)
+            status.training(training.stream.total_steps)
+            with loop.metrics or nullcontext():
+                loop.run()
     shutdown()
 
 
@@ -76,8 +85,8 @@ class _Loop:
 
     def __init__(self, t: Training, stop: StopSignal, measurement: Measurement | None = None):
         self.t, self.stop, self.measurement = t, stop, measurement
-        self.metrics = MetricsWriter(t.run) if t.world.is_main else None
-        self.progress = Progress(t.stream.total_steps, t.state.step, t.world.is_main)
+        self.metrics = _open_metrics(t, measurement) if t.world.is_main else None
+        self.progress = Progress(t.run, t.stream.total_steps, t.world.is_main)
         self.window = _Window(t)
         self.clock = PhaseClock.of_deepspeed(t.world.device)
         self.step_times = StepTimes(t.config.train.logging_steps)
@@ -193,7 +202,7 @@ class _Loop:
         figures = self.window.figures(rate, self.clock) | self.step_times.figures()
         if self.metrics is not None:
             self.metrics.write(step.number, figures)
-        self.progress.show(step.number, figures)
+        self.progress.show(step.number)
         spike = self.spikes.add(figures["loss"])
         if spike is not None:
             keys = ", ".join(self.t.keys_of(exchanged.samples))
@@ -210,12 +219,12 @@ class _Loop:
         if loss_is_due:
             t.state.validation_due = True
             figures |= validation_loss(t, self.stop)
-            self.progress.say(f"step {step}: validation loss {figures['validation_loss']:.4f}")
+            log.info("step %d: validation loss %.4f", step, figures["validation_loss"])
         if t.generation is not None and answers_are_due:
             t.state.validation_due = True
             answered = t.generation.answer(self.stop)
             figures |= answered.figures
-            self.progress.say(f"step {step}: {answered.summary}")
+            log.info("step %d: %s", step, answered.summary)
             if self.metrics is not None:
                 t.generation.write(answered, step, t.run, self.metrics)
         t.state.validation_due = False
@@ -244,6 +253,14 @@ class _Loop:
         """An allocation must not end before a micro-step and a save are done: as long as the longest so far."""
         self.longest_step_s = max(self.longest_step_s, step_s)
         self.stop.margin_s = self.t.config.train.stop_margin_s + self.longest_step_s + self.t.saver.longest_s
+
+
+def _open_metrics(t: Training, measurement: Measurement | None) -> MetricsWriter:
+    """The run's figures go where the run file says; those of a measurement stay here (rank 0)."""
+    reports = t.config.train.report_to and measurement is None
+    metrics = MetricsWriter(t.run, Trackers(t.config, t.run) if reports else None)
+    metrics.write_start(t.state.step, hyperparameters(t.config, t.world.size), public_run_file(t.config))
+    return metrics
 
 
 def _seed_draws(device: torch.device, seed: int) -> None:

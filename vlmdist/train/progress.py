@@ -1,52 +1,58 @@
-"""What the person in front of rank 0 sees: a bar in a terminal, plain lines in a Slurm log."""
+"""What the person in front of rank 0 sees: in a terminal the screen of ``vlmdist watch``, else plain lines."""
 
+import os
 import sys
 import time
-from typing import Any
 
-from tqdm import tqdm
-
-from vlmdist.train.metrics import log
+from vlmdist.live.painter import Painter, is_terminal
+from vlmdist.live.reader import RunReader
+from vlmdist.live.screen import log_line, screen
+from vlmdist.live.standing import Standing
+from vlmdist.run_folder import RunFolder
+from vlmdist.train.metrics import log, log_above
 
 _SECONDS_BETWEEN_LINES = 10
+_SECONDS_BETWEEN_SCREENS = 1.0
 
 
 class Progress:
-    def __init__(self, total_steps: int, steps_done: int, is_main: bool):
-        self._is_main = is_main
+    """Rank 0 shows; elsewhere nothing happens. The main thread alone draws, now and then, between two steps.
+
+    What is shown is read from the run folder, to which the loop has just written it.
+    """
+
+    def __init__(self, run: RunFolder, total_steps: int, is_main: bool):
         self._total_steps = total_steps
-        self._started_at, self._started_step = time.monotonic(), steps_done
-        self._last_line_at = 0.0
-        in_terminal = is_main and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=steps_done, unit="step") if in_terminal else None
+        self._shown_at = 0.0
+        self._reader = RunReader(run) if is_main else None
+        self._painter = Painter(sys.stderr) if is_main and is_terminal(sys.stderr) else None
+        if self._painter is not None:
+            log_above(self._painter)
 
-    def show(self, step: int, figures: dict[str, Any]) -> None:
-        """One row of figures, after a step (rank 0; nothing elsewhere)."""
-        if not self._is_main:
+    def show(self, step: int) -> None:
+        """There is a new row of metrics.jsonl."""
+        every_s = _SECONDS_BETWEEN_SCREENS if self._painter is not None else _SECONDS_BETWEEN_LINES
+        if self._reader is None or (time.monotonic() - self._shown_at < every_s and step != self._total_steps):
             return
-        text = f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}"
-        text += f"  {figures['tokens_per_second']:.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._last_line_at >= _SECONDS_BETWEEN_LINES or step == self._total_steps:
-            self._last_line_at = now
-            left_s = (now - self._started_at) / max(1, step - self._started_step) * (self._total_steps - step)
-            log.info("step %d/%d  %s  %s left", step, self._total_steps, text, _clock(left_s))
-
-    def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        log.info("%s", text)
+        self._shown_at = time.monotonic()
+        self._reader.poll()
+        if self._painter is not None:
+            self._draw(self._painter, "training")
+        else:
+            log.info("%s", log_line(self._reader.view, time.time()))
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        """After the last checkpoint."""
+        if self._painter is not None and self._reader is not None:
+            self._reader.poll()
+            self._draw(self._painter, "all steps are done")
+            self._painter.leave()
 
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    def _draw(self, painter: Painter, says: str) -> None:
+        assert self._reader is not None
+        size = painter.size()
+        lines = os.terminal_size((size.columns, max(1, size.lines - 2)))  # one for the cursor, one for the log
+        standing = Standing("training", says)
+        now = time.time()
+        view = self._reader.view
+        painter.paint(screen(view, standing, columns=lines.columns, rows=lines.lines, now=now, with_log=False))

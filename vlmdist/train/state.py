@@ -35,6 +35,7 @@ class TrainState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainState":
+        """The state that a checkpoint holds. Raises OSError, or what a file that is no such state raises."""
         tree = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         tree["cursor"] = Cursor(**tree["cursor"])
         tree["bad"] = {tuple(b) for b in tree["bad"]}

@@ -18,7 +18,9 @@ from vlmdist.train.start import Training
 
 @torch.no_grad()
 def validation_loss(t: Training, stop: StopSignal) -> dict[str, Any]:
-    """Mean loss over the loss tokens of the validation corpus (all ranks). StopAgreed where a stop was asked for."""
+    """Mean loss over the loss tokens of the validation corpus (all ranks). StopAgreed where a stop was asked for,
+    RunFailed where a rank could not read its samples.
+    """
     assert t.validation is not None
     started = time.perf_counter()
     t.engine.eval()

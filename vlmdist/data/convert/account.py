@@ -35,7 +35,7 @@ class Account:
         self.leaks.append({"name": name, "why": why})
 
     def refuse_if_too_bad(self, num_rows: int | None = None) -> None:
-        """num_rows: of the whole source, where not all of it was read yet."""
+        """UserError where too many rows are unusable. num_rows: of the whole source, if not all of it was read yet."""
         if num_rows is None:
             num_rows = len(self.bad) + sum(w["samples"] for w in self.written.values())
         if len(self.bad) > self.max_bad_share * num_rows:
@@ -67,6 +67,7 @@ class Account:
         replace_file_text(folder / CORPUS_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def print_table(self, out: Path, seconds: float) -> None:
+        """Samples, images and MB by split, the first rows that were left out, and where all of them are named."""
         print(f"{'split':<12}{'samples':>10}{'images':>10}{'MB':>10}")
         for split, counts in self.written.items():
             print(f"{split:<12}{counts['samples']:>10}{counts['images']:>10}{counts['bytes'] / 1e6:>10.1f}")

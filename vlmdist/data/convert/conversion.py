@@ -106,7 +106,7 @@ class Conversion:
         )
 
     def load(self, chunk: Chunk, name: str) -> NDArray[Any]:
-        """An array that the part of a chunk has saved."""
+        """An array of any shape that the part of a chunk has saved."""
         array: NDArray[Any] = np.load(self._folder(chunk) / f"{name}.npy", allow_pickle=False)
         return array
 
@@ -115,7 +115,10 @@ class Conversion:
         return self._staging.folder / name
 
     def finish(self, about: dict[str, Any], splits: Sequence[str]) -> None:
-        """Join the parts and put the corpus in place. Each of ``splits`` must have got a sample, else UserError."""
+        """Join the parts and put the corpus in place. RunFailed where the disk refuses.
+
+        Each of ``splits`` must have got a sample, else UserError.
+        """
         self._projection.close()
         account = self._account(splits)
         account.refuse_if_too_bad()

@@ -160,6 +160,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_bad_share(parser: argparse.ArgumentParser) -> None:
+    """The option ``--max-bad-share``."""
     parser.add_argument(
         "--max-bad-share",
         type=share,

@@ -25,6 +25,7 @@ class Projection:
         self._line_is_open = False
 
     def add(self, rows: int, num_bytes: int) -> None:
+        """Count rows and bytes just done; says how far it is now and then, on a terminal in one line that changes."""
         self._rows += rows
         self._bytes += num_bytes
         if time.monotonic() < self._next or not self._rows:
@@ -38,6 +39,7 @@ class Projection:
         self._stream.flush()
 
     def line(self) -> str:
+        """Rows done and rate, and the time left at the rate since this start."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         done = self._num_done + self._rows
         left = (self._total - done) * seconds / max(self._rows, 1)

@@ -45,7 +45,7 @@ def move_leaks(
 
     The published test set thus stays whole, and what train shares with it is left out. Duplicates inside one split
     stay. Returns the split of each sample (None: left out) and one sentence for every sample left out. names: how the
-    sentences call the samples; their numbers where absent.
+    sentences call the samples; their numbers where absent. UserError for a split that isn't in ``priority``.
     """
     unknown = sorted(set(split_of_each) - set(priority))
     if unknown:

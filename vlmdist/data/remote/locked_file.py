@@ -38,6 +38,7 @@ class LockedFile:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
+        """Give back the lock, if this process took it, and the file."""
         if self.fd >= 0:
             # a flock belongs to the open file, which a forked process shares. So it is given back in words (a child
             # may have the file open for long), but only by who took it (a child must not unlock its parent's)

@@ -170,7 +170,7 @@ class Corpus:
     def read_bytes(self, i: int) -> tuple[bytes, tuple[bytes, ...]]:
         """The record and the images of one sample as they lie in the shard, their checksums checked.
 
-        Raises as ``read`` does, but for what is wrong inside the record.
+        Raises BadSample and the like as ``read`` does, but for what is wrong inside the record.
         """
         reason = self.quarantine_reason(i)
         if reason is not None:

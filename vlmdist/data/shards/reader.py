@@ -73,6 +73,7 @@ class CachedShards:
         self._pid = os.getpid()
 
     def read(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of each span of the shard, which is fetched first where the cache doesn't hold it."""
         held = self._file(shard)
         if held is not None:
             held.lock()
@@ -96,6 +97,7 @@ class CachedShards:
             self.cache.prefetch(self.shards[shard])
 
     def renew(self, shard: int) -> bool:
+        """Throw a damaged copy out of the cache, to be fetched again; False where that has been tried already."""
         held = self._file(shard)
         if held is None or shard in self._renewed:
             return False

@@ -46,6 +46,7 @@ class FileExchange(CheckpointEngine):  # type: ignore[misc]
         self.collected[path] = self._without_masters(self._without_weights(state_dict))
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        """DeepSpeed's state with the tensors that are stored once put back where it expects them."""
         tree = load_safely(path)
         names = tree.pop(_WEIGHTS_ELSEWHERE, [])
         if names and self.weights_file is not None:

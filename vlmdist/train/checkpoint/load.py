@@ -32,7 +32,7 @@ def other_data(checkpoint: Path, fingerprints: list[str]) -> list[str]:
 def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
     """Where the checkpoint was written by another number of ranks, its form that fits any (all ranks).
 
-    Made beside the original. None where the world size is the same.
+    Made beside the original. None where the world size is the same. RunFailed where it can't be made.
     """
     if read_manifest(checkpoint)["world_size"] == world.size:
         return None
@@ -59,7 +59,7 @@ def universal_if_needed(checkpoint: Path, world: World) -> Path | None:
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None, world: World) -> None:
-    """Put weights, optimizer and scaler of a verified checkpoint into the engine (all ranks)."""
+    """Put weights, optimizer and scaler of a verified checkpoint into the engine (all ranks). Or RunFailed."""
     folder, tag = (checkpoint, DEEPSPEED_DIR) if universal is None else (universal, UNIVERSAL_DIR)
     files = FileExchange(engine)
     files.weights_file = checkpoint / TRAINABLE_WEIGHTS if universal is None else None

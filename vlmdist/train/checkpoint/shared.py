@@ -14,7 +14,7 @@ _VISIBLE_WITHIN_S = 60
 
 @contextlib.contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Run the block on all ranks; where it fails on any, raise its cause on all, so that none waits for ever."""
+    """Run the block on all ranks; where it fails on any, RunFailed with its cause on all: none waits for ever."""
     problem = None
     try:
         yield

@@ -32,6 +32,7 @@ class HashedFile:
         self.num_bytes = 0
 
     def write(self, data: Any) -> int:
+        """As of any binary file; hashed on the way."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK_BYTES):
             self._step()

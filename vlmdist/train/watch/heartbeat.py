@@ -72,6 +72,7 @@ class Heartbeat:
             self._steps_done = True
 
     def snapshot(self, with_keys: bool = False) -> Beat:
+        """Where this rank is now. with_keys: with the first samples in hand."""
         moment = self._moment
         keys = _first_keys(moment.keys) if with_keys and moment.keys is not None else ()
         first_time = not self._steps_done or moment.phase not in self._longest_s

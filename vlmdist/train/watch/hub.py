@@ -113,6 +113,7 @@ class Hub(threading.Thread):
         self._close_at = float("inf")
 
     def run(self) -> None:
+        """Until all ranks have said goodbye, or the run is over: admit them, and look after them."""
         try:
             if self._admit_all():
                 self._welcome_all()

@@ -113,6 +113,7 @@ def end_stuck_process(process: Process, file: Path) -> list[str]:
 
 
 def kill(process: Process) -> None:
+    """SIGKILL to that process, and to none that has its number by now."""
     try:
         found = psutil.Process(process.pid)
         if found.create_time() == process.started:

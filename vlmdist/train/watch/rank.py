@@ -75,6 +75,7 @@ class RankThread(threading.Thread):
         self._heard_at = self._awake_since = time.monotonic()
 
     def run(self) -> None:
+        """Beat, listen for the verdict, and end the process where it says so or rank 0 is gone."""
         self._heartbeat.on_new_phase = self._put_off_own_end
         looked_at = time.monotonic()
         while not self.over:
