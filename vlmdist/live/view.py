@@ -17,6 +17,7 @@ class LossHistory:
         self._rows_per_bucket = 1
 
     def add(self, step: int, loss: float) -> None:
+        """A row's mean loss (nats a token); rows from this step on are of before a restart, and go."""
         while self._buckets and self._buckets[-1][0] >= step:
             self._buckets.pop()
         if self._buckets and self._buckets[-1][2] < self._rows_per_bucket:

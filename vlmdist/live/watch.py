@@ -45,6 +45,7 @@ class Watched:
         self.look()
 
     def look(self) -> None:
+        """Take in what the run folder has got since the last look."""
         self._reader.poll()
         self.now = time.time()
         self.view = self._reader.view

@@ -29,7 +29,10 @@ def use_cache_where_hub_is_silent() -> str | None:
 
 
 def fetch_adapter(name: str, revision: str | None) -> Path | None:
-    """The adapter's folder in the hub's cache, fetched if need be; None where the name is not that of an adapter."""
+    """The adapter's folder in the hub's cache, fetched if need be; None where the name is not that of an adapter.
+
+    UserError where the hub refuses, or what is needed was never fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from transformers.utils.peft_utils import find_adapter_config_file

@@ -75,7 +75,10 @@ def open_source(
     max_new_tokens: int | None,
     device: "torch.device",
 ) -> "tuple[Source, Usual]":
-    """What answers, and how its samples ask. Says on standard error what the user should know."""
+    """What answers, and how its samples ask. Says on standard error what the user should know.
+
+    UserError where ``asked`` is nothing that can answer, or an option is wrong.
+    """
     from dataclasses import replace
 
     from vlmdist.predict.source import find_source
@@ -117,6 +120,7 @@ def make_sample(source: "Source", usual: Usual, text: str | None, images: Sequen
 
 
 def load(source: "Source", device: "torch.device") -> "Predictor":
+    """The model with its weights on the device; says on standard error how long it took."""
     from vlmdist.predict.answer import Predictor
 
     started_s = time.monotonic()
@@ -134,6 +138,7 @@ def choose_device() -> "torch.device":
 
 
 def device_name(device: "torch.device") -> str:
+    """As the user knows it; of a CPU the threads that torch takes."""
     import torch
 
     if device.type == "cuda":

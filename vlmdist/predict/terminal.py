@@ -15,6 +15,7 @@ class Printer:
         self._printed = ""
 
     def print_growth(self, text: str) -> None:
+        """text: all of the answer so far."""
         if not text.startswith(self._printed):  # the tokenizer took something back
             print("\n", end="")
             self._printed = ""

@@ -28,6 +28,8 @@ class StartCost:
 
 @dataclass(frozen=True)
 class Cost:
+    """Of a run: processor time of all its starts, and of its evaluations."""
+
     starts: list[StartCost]
     evaluation_rank_seconds: float
     on_cpu: bool

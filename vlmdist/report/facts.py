@@ -54,6 +54,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A folder of checkpoints/; has_manifest: it was written whole."""
+
     name: str
     num_files: int
     num_bytes: int

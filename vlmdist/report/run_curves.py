@@ -16,6 +16,7 @@ _NO_FIGURES |= {f"validation_{name}" for name in NOT_PERCENT}
 
 
 def loss_curve(facts: RunFacts, anchor: str) -> Curve | None:
+    """Training and validation loss over steps; None where no step is logged."""
     train, validation = facts.latest_rows(facts.train_rows), facts.latest_rows(facts.validation_rows)
     series = [
         _series(train, "loss", "training loss", smooth=True),

@@ -34,6 +34,8 @@ class Change:
 
 @dataclass(frozen=True)
 class ScoreCell:
+    """One score of one evaluation, its 95 % interval, and its change to the evaluation before."""
+
     value: float | None
     interval: Interval | None = None
     change: Change | None = None

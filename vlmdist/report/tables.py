@@ -14,6 +14,8 @@ from vlmdist.report.shown_text import shorten
 
 @dataclass(frozen=True)
 class Figure:
+    """One of the large numbers at the head of a run."""
+
     label: str
     value: str
     hint: str = ""
@@ -205,6 +207,7 @@ def count(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Two units at most: 3 h 05 min, 2 min 07 s, 8.4 s."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours:

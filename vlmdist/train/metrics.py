@@ -111,6 +111,7 @@ class MetricsWriter:
             self._tracker.finish(0 if e is None else getattr(e, "exit_code", 1))
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
+        """One row, everywhere. OSError where it can't be written to the run folder."""
         # JSON has no NaN
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         append_jsonl(self._file, {"step": step, "time": round(time.time(), 3), **row})

@@ -30,12 +30,15 @@ Row = dict[str, Any]
 
 
 class Service(Protocol):
+    """One run at a service. What it raises is told once; its rows are kept and tried again."""
+
     def log(self, rows: list[Row]) -> None: ...
 
     def finish(self, exit_code: int) -> None: ...
 
 
 def main() -> None:
+    """Lines of JSON on standard input: the start, rows, the exit code. What is to be told goes to standard output."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the training's; it says when this is over
     said = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -191,6 +194,7 @@ class MLflow:
             self._client.update_run(known, status="RUNNING")
 
     def log(self, rows: list[Row]) -> None:
+        """In batches of 1,000, the most that MLflow takes at once (its REST API, runs/log-batch)."""
         metrics = [
             self._metric(name, value, int(1000 * row["time"]), row["step"])
             for row in rows
