@@ -83,6 +83,8 @@ begin() { # ARGUMENTS of vlmdist: what every job with ranks does first; sets SRU
     print_facts "$@"
     refuse_more_ranks_than_gpus
     note_start
+    export VLMDIST_REFUSED="$log.refused" # a mark of a rank that was given wrong input (see rank.sh)
+    rm -f "$VLMDIST_REFUSED"
     # --export: a job submitted with --export=NONE would hand its ranks an empty environment
     SRUN=(srun --export=ALL --kill-on-bad-exit=1 --wait=60 "${VLMDIST_SRUN_OPTIONS[@]}")
     RANK=(bash "$slurm_folder/rank.sh" "${VLMDIST_CONTAINER[@]}" "$PYTHON")
@@ -277,6 +279,8 @@ print_facts() { # ARGUMENTS of vlmdist
 end_job() { # EXIT_CODE: ends the job with it, or puts the job back into the queue
     local code="$1"
     ((code <= 128)) || code=1 # srun gives the code of the ranks it ended itself, not of the one that failed first
+    [[ $code != 1 || ! -e $log.refused ]] || code=$WRONG_INPUT
+    rm -f "$log.refused"
     case "$code" in
     0 | "$WRONG_INPUT") # as wrong the next time; the log says it all
         rm -f "$log".rank*

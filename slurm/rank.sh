@@ -30,4 +30,6 @@ done
 if ((code == 85)) && : 2>/dev/null >"$VLMDIST_STOPPED"; then # stopped on request: not a crash (see job.sh)
     exit 0
 fi
+# srun ends the other ranks, and their end is the job's exit code: the job would be tried again (see job.sh)
+((code != 2)) || : 2>/dev/null >"$VLMDIST_REFUSED"
 exit "$code"

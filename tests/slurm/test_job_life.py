@@ -85,6 +85,15 @@ def test_three_failures_at_one_step_are_the_end(slurm: SlurmTestbed, tmp_path: P
     assert beside == {f"llama3-receipts-{job}.out.rank0": "the rank has lost its GPU\n" * 3}
 
 
+def test_wrong_input_is_the_end_also_where_srun_ends_the_other_ranks(slurm: SlurmTestbed, tmp_path: Path) -> None:
+    script = "((SLURM_PROCID == 0)) && echo error: no such field >&2 && exit 2; sleep 300; exit 0"
+    job = submit_stand_in(slurm, tmp_path, script, *ONE_NODE)
+    assert slurm.wait(job, 120) == "FAILED", slurm.log(job)
+    assert slurm.facts(job)["ExitCode"] == "2:0", slurm.log(job)
+    assert slurm.facts(job)["Restarts"] == "0"
+    assert [f.name for f in tmp_path.glob("llama3*")] == [f"llama3-receipts-{job}.out"]
+
+
 def test_failures_with_progress_between_them_do_not_count(slurm: SlurmTestbed, tmp_path: Path) -> None:
     script = AT_STEP + "n=$(cat step); echo $((n + 1)) >step; ((n < 10)) && exit 1; exit 0"
     job = submit_stand_in(slurm, tmp_path, script)
