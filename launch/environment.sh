@@ -117,11 +117,12 @@ pip_install() { # LOG ARGUMENTS...
 # --- running ----------------------------------------------------------------------------------------------------------
 
 choose_python() { # sets PYTHON: the virtual environment's, else the active one
-    local candidate
+    # torch too: in this folder every Python finds a vlmdist
+    local candidate needed='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ["vlmdist", "torch"])))'
     [[ ! -x $vlmdist_venv/bin/python ]] || isolate_venv
     for candidate in "$vlmdist_venv/bin/python" python python3; do
         PYTHON="$(command -v "$candidate")" || continue
-        "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vlmdist") is None)' 2>/dev/null && return
+        "$PYTHON" -c "$needed" 2>/dev/null && return
     done
     die "vlmdist is not installed: no environment in $vlmdist_venv, and the active python has no vlmdist." \
         "Run: bash $VLMDIST_HOME/launch/demo.sh (sets everything up), or pip install -e $VLMDIST_HOME"
