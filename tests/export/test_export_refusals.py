@@ -17,9 +17,9 @@ from tiny_families import make_llama3, make_llava, make_paligemma, make_smollm2
 
 from vlmdist.config import load_run
 from vlmdist.errors import RunFailed, UserError
-from vlmdist.export.card import redacted_run_file
 from vlmdist.export.run import export_run
 from vlmdist.run_folder import TRAINABLE_WEIGHTS, append_jsonl, write_manifest
+from vlmdist.train.hyperparameters import public_run_file
 
 LORA = {"language_model": "lora", "lora": {"r": 4, "alpha": 8}}
 
@@ -295,5 +295,5 @@ def test_the_card_tells_the_run_and_no_secret(run_dir: Path, tmp_path: Path) -> 
         "license": "llama3",
     }
     block = card.split("```yaml\n")[1].split("```")[0]
-    assert block == redacted_run_file(load_run(run_dir))
+    assert block == public_run_file(load_run(run_dir))
     assert yaml.safe_load(block)["adapt"]["lora"]["r"] == 4

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlmdist.export.usage import usage
 from vlmdist.model.adapters import PEFT_PREFIX
 from vlmdist.model.families import PARTS
 from vlmdist.run_folder import MANIFEST, RunFolder, read_jsonl, read_manifest
+from vlmdist.train.hyperparameters import public_run_file
 from vlmdist.train.state import TrainState
 
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE")
@@ -36,28 +37,15 @@ def model_card(source: Source, *, merged: bool, title: str, doubt: str | None = 
         "## Scores\n\n" + _scores(source),
         "## Software\n\n" + _software(source.run),
         "## Licence\n\n" + _licence_note(source),
-        "## Run file\n\n" + fenced("yaml", redacted_run_file(source.config)),
+        "## Run file\n\n" + fenced("yaml", public_run_file(source.config)),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def redacted_run_file(config: RunConfig) -> str:
-    """The run file in full, URLs without user, password and query, commands without arguments."""
-    return yaml.safe_dump(_redacted(config.model_dump()), sort_keys=False, allow_unicode=True)
 
 
 def base_name(config: RunConfig) -> str:
     """The base model as others may read it: its name on the hub, or of its folder."""
     name = config.model.name_or_path
     return Path(name).resolve().name if Path(name).is_dir() else redact(name)
-
-
-def _redacted(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _redacted(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_redacted(value) for value in tree]
-    return redact(tree) if isinstance(tree, str) else tree
 
 
 def _front_matter(source: Source, merged: bool) -> str:

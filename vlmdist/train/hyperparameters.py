@@ -6,14 +6,14 @@ from typing import Any
 import yaml
 
 from vlmdist.config import RunConfig
-from vlmdist.data.remote.store import is_url, redact
+from vlmdist.data.remote.store import redact
 from vlmdist.train.changes import HARMLESS
 
 Value = bool | int | float | str
 
 
 def public_run_file(config: RunConfig) -> str:
-    """The effective run file as YAML."""
+    """The run file in full, URLs without user, password and query, commands without arguments."""
     return yaml.safe_dump(_public(config.model_dump()), sort_keys=False, allow_unicode=True)
 
 
@@ -33,7 +33,7 @@ def _public(node: Any) -> Any:
         return {k: _public(v) for k, v in node.items()}
     if isinstance(node, list):
         return [_public(v) for v in node]
-    return redact(node) if isinstance(node, str) and is_url(node) else node
+    return redact(node) if isinstance(node, str) else node
 
 
 def _flat(path: str, node: Any) -> Iterator[tuple[str, Value]]:
